@@ -1,0 +1,64 @@
+# zcompile: `make train` trains the example on 8 local processes, `make test` runs every test.
+# Each target installs what it needs into .venv first; nothing is written outside this folder but pip's own cache.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CACHE := $(CURDIR)/build/cache
+ARGS ?=
+
+# `kernels` is also a public package: the repository root must not be on the module path (see pyproject.toml).
+export PYTHONSAFEPATH := 1
+# Eight ranks share the cores of one machine: one thread each.
+export OMP_NUM_THREADS := 1
+export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/inductor
+export TRITON_CACHE_DIR := $(CACHE)/triton
+export TORCH_EXTENSIONS_DIR := $(CACHE)/torch_extensions
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
+export HF_HOME := $(CACHE)/huggingface
+
+.PHONY: train test test-quick lint clean help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train       train examples/train_gpt.py on 8 local processes (ARGS='--steps 40' passes options on)"
+	@echo "make test        every test;  make test-quick: all but the slow ones (ARGS='tests/unit -k plan')"
+	@echo "make lint        ruff and mypy"
+	@echo "make clean       remove .venv, build/ and what Python leaves behind"
+
+train: $(VENV)/.installed
+	$(BIN)/torchrun --standalone --nproc-per-node 8 examples/train_gpt.py --topology 2x2x2 --plan zero_topo $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+test-quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# Stamps: an environment is stale when pyproject.toml is newer, and made anew when its Python no longer runs.
+ifneq ($(shell $(BIN)/python -c '' 2>/dev/null && echo ok),ok)
+.PHONY: $(VENV)/.installed $(VENV)/.installed-test
+endif
+
+$(VENV)/.installed: pyproject.toml
+	$(call install,.)
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml
+	$(call install,.[test])
+	@touch $(VENV)/.installed $@
+
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	|| { echo "zcompile needs Python 3.10 or newer on PATH (or PYTHON=/path/to/python3); found: $$($(PYTHON) --version 2>&1)"; exit 1; }
+@$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '$(1)'
+endef

@@ -1,0 +1,381 @@
+"""Train a small GPT on the bytes of Python's standard library, with hierarchical ZeRO.
+
+    torchrun --nproc-per-node 8 examples/train_gpt.py --topology 2x2x2 --plan zero_topo
+
+The model and the data (gpt.py) are plain PyTorch and so is the loop: zcompile appears where the model is wrapped
+(`setup`) and where its books are read (`received`, `zero3_traffic`, `memory_per_rank`). Runs on CPUs (gloo) and GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any, NoReturn
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+import zcompile
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # with PYTHONSAFEPATH=1 Python does not do so
+from gpt import GPT, Batches, Corpus, Shape, bigram_entropy, windows
+
+WARM_UP, DECAY = 0.1, 0.6  # of all steps: the learning rate rises over the first tenth and falls over the last 60 %
+
+
+# What zcompile says about a run.
+
+
+def received(model: nn.Module) -> dict[str, int]:
+    """Bytes that this rank received over each level in the last optimizer step, counted at the process groups."""
+    levels = zcompile.ledger(model)["levels"]
+    return {level: sum(row["counted"] for row in transfers.values()) for level, transfers in levels.items()}
+
+
+def zero3_traffic(model: nn.Module, topology: zcompile.Topology, compute: str, micro_steps: int) -> dict[str, float]:
+    """Bytes that one rank would receive over each level in one optimizer step under the `zero3` preset.
+
+    Closed form, without padding: a hop over level j brings b (1/E_(j-1) - 1/E_j) bytes per parameter of b bytes on the
+    wire. Gathers run in each forward and again in each backward, but for embeddings, whose backward does not read them.
+    """
+    resolved = zcompile.Plan.preset("zero3").resolve(topology, compute)
+    extents = topology.extents
+    gather, reduce, sync, back = (resolved.formats(transfer) for transfer in ("gather", "reduce", "sync", "back"))
+    traffic = dict.fromkeys(topology.names, 0.0)
+    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
+    for name, parameter in model.named_parameters():
+        elements, rows = parameter.numel(), parameter.shape[0] if parameter.dim() else 1
+        weights, gradients, _ = resolved.placement(name, rows, elements, parameter.dim())
+        gathers = micro_steps if isinstance(owners[id(parameter)], nn.Embedding) else 2 * micro_steps
+        for j, level in enumerate(topology.names, start=1):
+            share = elements * (1 / extents[j - 1] - 1 / extents[j])
+            if j <= weights:
+                traffic[level] += share * gather[j - 1].itemsize * gathers
+            if j <= gradients:
+                traffic[level] += share * reduce[j - 1].itemsize * micro_steps
+            else:  # too few rows for the world: replicas meet once a step
+                traffic[level] += share * (sync[j - 1].itemsize + back[j - 1].itemsize)
+    return traffic
+
+
+def memory_per_rank(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes on this rank, by owner, and the peak resident set of its process."""
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in states]
+    owners = {f"model: {owner}": int(size) for owner, size in model.zero.memory().items()}
+    owners["optimizer state"] = sum(value.nbytes for value in local if isinstance(value, Tensor))
+    owners["process peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return owners
+
+
+# The run.
+
+
+@dataclass
+class Run:
+    arguments: argparse.Namespace
+    model: Any  # what hierarchical_zero made of the GPT: an nn.Module with `no_sync` and `zero`
+    optimizer: torch.optim.Optimizer
+    topology: zcompile.Topology
+    device: torch.device
+    corpus: Corpus
+    batches: Batches
+    rank: int
+    ranks: int
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        micro_step = self.ranks * self.arguments.micro_batch * self.batches.context
+        self.tokens_per_step = micro_step * self.arguments.accumulate
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, a plateau, and a linear way down to zero."""
+        steps = self.arguments.steps
+        warm = (self.step + 1) / (WARM_UP * steps)
+        left = (1 - self.step / steps) / DECAY
+        return float(self.arguments.lr * min(1.0, warm, left))
+
+    def train_step(self) -> Tensor:
+        """One optimizer step over `accumulate` micro-batches; returns this rank's mean loss."""
+        micro_steps = self.arguments.accumulate
+        loss = torch.zeros((), device=self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        for micro in range(micro_steps):
+            x, y = self.batches.take(self.arguments.micro_batch, self.rank, self.ranks)
+            last = micro == micro_steps - 1
+            with contextlib.nullcontext() if last else self.model.no_sync():
+                part = self.model(x.to(self.device), y.to(self.device)) / micro_steps
+                part.backward()
+            loss += part.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return loss
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss over windows spread evenly over the validation bytes, the same for all ranks."""
+        size = self.arguments.micro_batch
+        text, context = self.corpus.validation, self.batches.context
+        count = max(1, self.arguments.validation_windows // (size * self.ranks)) * size * self.ranks
+        picks = torch.linspace(0, (len(text) - 1) // context - 1, count).long()[self.rank :: self.ranks]
+        self.model.eval()
+        losses = [self.model(*(t.to(self.device) for t in windows(text, part, context))) for part in picks.split(size)]
+        self.model.train()
+        return mean_over_ranks(torch.stack(losses).mean())
+
+    def state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "step": self.step, "position": self.batches.position}
+
+    def save(self) -> None:
+        dcp.save(self.state(), checkpoint_id=self.arguments.checkpoint / f"step-{self.step:06d}")
+
+    def set_aside(self) -> None:
+        """Move an earlier run's checkpoints out of the way of a run that starts afresh."""
+        folder: pathlib.Path = self.arguments.checkpoint
+        if self.rank == 0 and any(folder.glob("step-*")):
+            folder.rename(folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}"))
+
+    def resume(self) -> None:
+        """Go on from the newest complete checkpoint: its .metadata is written last."""
+        folder: pathlib.Path = self.arguments.checkpoint
+        complete = sorted(path.parent for path in folder.glob("step-*/.metadata"))
+        if not complete:
+            raise ValueError(f"--resume: no checkpoint in {folder}; train without --resume first, or set --checkpoint")
+        state = self.state()
+        dcp.load(state, checkpoint_id=complete[-1])
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self.step, self.batches.position = state["step"], state["position"]
+        if self.step >= self.arguments.steps:
+            raise ValueError(f"--resume: {complete[-1]} is at step {self.step}; ask for more than that with --steps")
+
+
+def mean_over_ranks(value: Tensor) -> float:
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
+def setup(arguments: argparse.Namespace) -> Run:
+    """Everything that can be wrong with the command line is found here."""
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():  # with one visible device per process each of them is device 0
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    shape = Shape(arguments.layers, arguments.hidden, arguments.heads, arguments.context)
+    if shape.hidden % (2 * shape.heads):
+        raise ValueError(f"--hidden {shape.hidden} is not a multiple of twice --heads {shape.heads}")
+    corpus = Corpus.standard_library()
+    torch.manual_seed(arguments.seed)
+    with device:
+        plain = GPT(shape)
+    model = zcompile.hierarchical_zero(
+        plain,
+        topology=arguments.topology,
+        plan=arguments.plan,
+        compute_dtype=getattr(torch, arguments.dtype),
+        compile=not arguments.eager,
+    )
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.95))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    batches = Batches(corpus.train, shape.context, arguments.seed)
+    if batches.count < ranks * arguments.micro_batch:
+        raise ValueError(f"--micro-batch {arguments.micro_batch} on {ranks} ranks: there are {batches.count} windows")
+    run = Run(arguments, model, optimizer, model.zero.plan.topology, device, corpus, batches, rank, ranks)
+    if arguments.resume:
+        run.resume()
+    else:
+        run.set_aside()
+    return run
+
+
+# What a person sees.
+
+
+def amount(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+@contextlib.contextmanager
+def progress_bar(run: Run, console: Console) -> Iterator[tuple[Progress, Any]]:
+    columns = BarColumn(bar_width=12), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=run.rank != 0 or not console.is_terminal) as progress:
+        yield progress, progress.add_task("train", total=run.arguments.steps, completed=run.step, text="compiling")
+
+
+def train(run: Run, console: Console, metrics: IO[str] | None) -> tuple[float, float]:
+    """All steps; returns the seconds they took, and those of the first one, which compiles."""
+    options = run.arguments
+    started = mark = time.perf_counter()
+    marked_step, first = run.step, 0.0
+    with progress_bar(run, console) as (progress, task):
+        while run.step < options.steps:
+            loss = run.train_step()
+            progress.advance(task)
+            first = first or time.perf_counter() - started
+            if options.save_every and run.step % options.save_every == 0 and run.step < options.steps:
+                run.save()
+            if run.step % options.report_every and run.step < options.steps:
+                continue
+            mean = mean_over_ranks(loss)
+            now, counted = time.perf_counter(), received(run.model)
+            speed = (run.step - marked_step) * run.tokens_per_step / (now - mark)
+            wire = "  ".join(f"{level} {amount(size)}" for level, size in counted.items())
+            text = f"loss {mean:.3f}  {speed:,.0f} tokens/s  {wire}"
+            progress.update(task, text=text)
+            if run.rank == 0:
+                console.print(f"step {run.step:5d}  {text} a step", highlight=False, soft_wrap=True)
+            write(
+                metrics,
+                step=run.step,
+                loss=mean,
+                learning_rate=run.learning_rate(),
+                tokens_per_second=speed,
+                seconds=now - started,
+                received=counted,
+            )
+            mark, marked_step = now, run.step
+    return time.perf_counter() - started, first
+
+
+def write(metrics: IO[str] | None, **values: Any) -> None:
+    if metrics is not None:
+        metrics.write(json.dumps(values) + "\n")
+        metrics.flush()
+
+
+def report(
+    run: Run, console: Console, metrics: IO[str] | None, seconds: float, first: float, validation: float
+) -> None:
+    """The tables at the end, and the last line of the metrics."""
+    bigram = bigram_entropy(run.corpus.validation)
+    counted = received(run.model)
+    flat = zero3_traffic(run.model, run.topology, run.arguments.dtype, run.arguments.accumulate)
+    memory: list[Any] = [None] * run.ranks
+    dist.all_gather_object(memory, memory_per_rank(run.model, run.optimizer))
+    if run.rank != 0:
+        return
+    traffic = Table("level", title="bytes that one rank receives per optimizer step")
+    for heading in (f"{run.arguments.plan} (counted)", "zero3 (closed form)", "zero3 / this plan"):
+        traffic.add_column(heading, justify="right")
+    for level, size in counted.items():
+        traffic.add_row(level, amount(size), amount(flat[level]), f"{flat[level] / size:.2f}" if size else "-")
+    owners = Table("memory", title="bytes per rank")
+    owners.add_column("smallest", justify="right")
+    owners.add_column("largest", justify="right")
+    for owner in memory[0]:
+        sizes = [rank[owner] for rank in memory]
+        owners.add_row(owner, amount(min(sizes)), amount(max(sizes)))
+    summary = Table("summary", "", title=f"{run.step} steps of {run.tokens_per_step} bytes on {run.ranks} ranks")
+    summary.add_row("time", f"{seconds:.0f} s, of which {first:.0f} s until the first step was done")
+    summary.add_row("validation loss", f"{validation:.4f} nats per byte")
+    summary.add_row("bigram entropy", f"{bigram:.4f} nats per byte, of the validation data")
+    verdict = "[green]below bigram entropy" if validation < bigram else "[yellow]not below bigram entropy"
+    summary.add_row("verdict", verdict)
+    for table in (traffic, owners, summary):
+        console.print(table)
+    write(
+        metrics,
+        final=True,
+        step=run.step,
+        seconds=seconds,
+        first_step_seconds=first,
+        validation_loss=validation,
+        bigram_entropy=bigram,
+        received=counted,
+        zero3=flat,
+        memory=memory,
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--topology", help='levels of the machine, fastest first: "2x2x2", "frontier", "mi300x" (default: detected)')
+    option(
+        "--plan", default="zero_topo", help="placements: ddp, zero1, zero3, hsdp, zeropp, ... (default: %(default)s)"
+    )
+    option("--dtype", default="float32", choices=["float32", "bfloat16"], help="compute dtype (default: %(default)s)")
+    option("--eager", action="store_true", help="run without compiling")
+    option("--steps", type=positive, default=200, help="optimizer steps (default: %(default)s)")
+    option("--micro-batch", type=positive, default=2, help="windows per rank and micro-step (default: %(default)s)")
+    option("--accumulate", type=positive, default=2, help="micro-steps per optimizer step (default: %(default)s)")
+    option("--lr", type=float, default=3e-3, help="highest learning rate (default: %(default)s)")
+    option("--seed", type=int, default=0)
+    for name in ("layers", "hidden", "heads", "context"):
+        option(f"--{name}", type=positive, default=getattr(Shape, name), help="(default: %(default)s)")
+    option("--validation-windows", type=positive, default=256, help="(default: %(default)s)")
+    option("--report-every", type=positive, default=10, metavar="STEPS", help="(default: %(default)s)")
+    build = pathlib.Path("build/train")
+    option("--checkpoint", type=pathlib.Path, default=build / "checkpoint", help="folder (default: %(default)s)")
+    option("--save-every", type=int, default=0, metavar="STEPS", help="as well as at the end (default: never)")
+    option("--resume", action="store_true", help="go on from the newest checkpoint in --checkpoint")
+    option("--metrics", type=pathlib.Path, default=build / "metrics.jsonl", help="JSON lines (default: %(default)s)")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def refuse(console: Console, rank: int, error: Exception) -> NoReturn:
+    """End every rank in the same way; one of them says why."""
+    if rank == 0:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(2)
+
+
+def main() -> None:
+    arguments = parse()
+    console = Console()
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    try:
+        run = setup(arguments)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        refuse(console, rank, error)
+    metrics = None
+    if run.rank == 0:
+        console.print(run.model.zero.plan.describe(), highlight=False)
+        console.print(f"data: {run.corpus.files} files, {len(run.corpus.train):,} bytes to train on", highlight=False)
+        arguments.metrics.parent.mkdir(parents=True, exist_ok=True)
+        metrics = arguments.metrics.open("a" if arguments.resume else "w")
+    seconds, first = train(run, console, metrics)
+    validation = run.validate()
+    run.save()
+    report(run, console, metrics, seconds, first, validation)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

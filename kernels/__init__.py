@@ -1,0 +1,1 @@
+"""Local computations that surround the hops: they know tensors and nothing else, and never communicate."""

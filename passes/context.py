@@ -1,0 +1,41 @@
+"""What a pass is told, and where it says what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from zcompile.plan import ResolvedPlan
+
+
+@dataclass
+class Context:
+    """Of one graph on its way through the passes.
+
+    Attributes:
+        stage: "joint", "forward", "backward" or "inference".
+        plan: the resolved plan.
+        decompositions: what traced code is decomposed with (empty without code generation).
+        notes: one line per thing a pass did, by pass; shown in the dump.
+    """
+
+    stage: str
+    plan: ResolvedPlan
+    decompositions: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    name: str = "graph"
+    current: str = ""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    predicted: dict[tuple[str, str], int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        self.notes.setdefault(self.current, []).append(text)
+
+    @staticmethod
+    def parameter(node: Node) -> str:
+        from zcompile.passes.nodes import spec_of
+
+        return spec_of(node).name

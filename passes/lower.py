@@ -1,0 +1,159 @@
+"""lower: a bucket of semantic ops becomes its hops: `_c10d_functional` collectives, visible, each with its wait.
+
+Requires: a graph after `bucket`.
+Guarantees: no semantic op is left; every inserted node has `meta["val"]`, every collective the names of its parameters; one pack
+before the first reduce hop, none between hops, one unpack after the last; a sync that follows its own bucket's reduce takes its
+buffer as it is.
+Leaves alone: everything else. What is inserted is traced from the functions the eager ops run (zcompile.transfers): equal bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from zcompile import transfers
+from zcompile.layout import ParamSpec
+from zcompile.ops import needs_wait
+from zcompile.passes.bucket import KEY
+from zcompile.passes.context import Context
+from zcompile.passes.nodes import COLLECTIVES, GATHER, REDUCE, SEMANTIC, find, spec_of
+
+NAME = "lower"
+_INHERITED = (
+    "stack_trace",
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "seq_nr",
+    "from_node",
+    "custom",
+    "fwd_source_fn_stack",
+)
+
+
+def run(gm: GraphModule, context: Context) -> None:
+    lowering = _Lowering(gm, context)
+    buckets: dict[int, list[Node]] = {}
+    for node in find(gm.graph, *SEMANTIC):
+        buckets.setdefault(node.meta[KEY], []).append(node)
+    for group in buckets.values():
+        if group[0].target is GATHER:
+            lowering.gather(group)
+        elif group[0].target is REDUCE:
+            lowering.reduce(group)
+        else:
+            lowering.sync(group)
+    lowering.erase()
+
+
+def check(gm: GraphModule, context: Context) -> None:
+    left = [node for node in gm.graph.nodes if getattr(node.target, "namespace", "") == "zcompile"]
+    if left:
+        raise AssertionError(f"semantic op left: {left[0].format_node()}")
+    bare = [node for node in gm.graph.nodes if node.op == "call_function" and "val" not in node.meta]
+    if bare:
+        raise AssertionError(f"node without a value: {bare[0].format_node()}")
+
+
+class _Lowering:
+    def __init__(self, gm: GraphModule, context: Context):
+        self.gm, self.context = gm, context
+        self.mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"])
+        self.templates: dict[object, GraphModule] = {}
+        self.reduced: dict[Node, tuple[Node, int]] = {}
+        """per-parameter piece -> (its bucket's buffer, pieces in it): so that a sync finds the buffer of its own reduce."""
+        self.replaced: list[Node] = []
+
+    def gather(self, group: list[Node]) -> None:
+        specs = [spec_of(node) for node in group]
+        wait = self.context.stage != "backward" and needs_wait(specs[0])
+        copies = any(user.op == "output" for node in group for user in node.users)
+
+        def gather(copy: torch.Tensor) -> list[torch.Tensor]:
+            if wait:
+                copy = torch.ops._c10d_functional.wait_tensor(copy)
+            wholes = transfers.gather(transfers.columns(copy, specs), specs)
+            return [whole.clone() for whole in wholes] if copies else wholes  # an output may not be a view of a copy
+
+        self._replace(group, self._insert(gather, ("gather", wait, copies), [group[0].args[1]], specs, group[0]))
+
+    def reduce(self, group: list[Node]) -> None:
+        specs = [spec_of(node) for node in group]
+
+        def reduce(*grads: torch.Tensor) -> list[torch.Tensor]:
+            flat = transfers.reduce(grads, specs)
+            return [flat, *transfers.split(flat, specs)]
+
+        flat, *parts = self._insert(reduce, ("reduce",), [node.args[0] for node in group], specs, group[-1])
+        for part in parts:
+            self.reduced[part] = (flat, len(parts))
+        self._replace(group, parts)
+
+    def sync(self, group: list[Node]) -> None:
+        specs = [spec_of(node) for node in group]
+        totals = [node.args[0] for node in group]
+        own = [self.reduced.get(total) for total in totals]  # type: ignore[arg-type]
+        if (
+            own[0] is not None
+            and all(found == own[0] for found in own)
+            and own[0][1] == len(group)
+            and self._in_order(totals)
+        ):
+
+            def sync_buffer(flat: torch.Tensor) -> list[torch.Tensor]:
+                return transfers.split(transfers.sync(flat, specs), specs)
+
+            parts = self._insert(sync_buffer, ("sync",), [own[0][0]], specs, group[-1])
+        else:
+
+            def sync_parts(*parts: torch.Tensor) -> list[torch.Tensor]:
+                return transfers.split(transfers.sync(transfers.join(parts, specs), specs), specs)
+
+            parts = self._insert(sync_parts, ("join",), totals, specs, group[-1])
+        self._replace(group, parts)
+
+    def _in_order(self, totals: list[Any]) -> bool:
+        order = [part for part in self.reduced if part in set(totals)]
+        return len(set(totals)) == len(totals) and order == totals
+
+    def _insert(self, function: Callable[..., Any], kind: tuple[object, ...], inputs: Sequence[Any], specs: list[ParamSpec],
+                anchor: Node) -> list[Node]:  # fmt: skip
+        """Trace `function` on the values of `inputs` and put its nodes before `anchor`; returns the nodes of its results."""
+        values = [node.meta["val"] for node in inputs]
+        shapes = tuple((tuple(v.shape), v.stride(), v.dtype) for v in values)
+        key = (kind, shapes, tuple((s.chain, s.shape, s.offset, s.unit_shard) for s in specs))
+        template = self.templates.get(key)
+        if template is None:
+            assert self.mode is not None
+            with self.mode, torch.no_grad():
+                template = make_fx(function, decomposition_table=self.context.decompositions)(*values)
+            self.templates[key] = template
+        mapping = dict(zip((n for n in template.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+        results: list[Node] = []
+        names = tuple(spec.name for spec in specs)
+        with self.gm.graph.inserting_before(anchor):
+            for node in template.graph.nodes:
+                if node.op == "output":
+                    results = [mapping[result] for result in node.args[0]]
+                elif node.op != "placeholder":
+                    copied = self.gm.graph.node_copy(node, lambda n: mapping[n])
+                    copied.meta = {k: v for k, v in anchor.meta.items() if k in _INHERITED} | {"val": node.meta["val"]}
+                    if node.target in COLLECTIVES:
+                        copied.meta["zc_parameters"] = names
+                    mapping[node] = copied
+        return results
+
+    def _replace(self, group: list[Node], results: list[Node]) -> None:
+        for node, result in zip(group, results, strict=True):
+            node.replace_all_uses_with(result)
+            self.replaced.append(node)
+
+    def erase(self) -> None:
+        for node in reversed(self.replaced):
+            self.gm.graph.erase_node(node)
+        self.gm.graph.eliminate_dead_code()

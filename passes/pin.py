@@ -1,0 +1,67 @@
+"""pin: the order of the collectives in the graph is the order in the generated code.
+
+Requires: a lowered graph.
+Guarantees: `PATCHES` (the code generator moves no node past another for memory or overlap, and makes no buckets of its own) and,
+after code generation, `check_code`: the launches and waits stand in the source in the graph's order, or the compile fails.
+Leaves alone: the order itself; it is that of the graph.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch.fx import GraphModule
+
+from zcompile.passes.context import Context
+from zcompile.passes.nodes import ALL_GATHER, ALL_TO_ALL, COLLECTIVES, WAIT, find
+
+NAME = "pin"
+PATCHES = {
+    "reorder_for_peak_memory": False,
+    "reorder_for_locality": False,
+    "reorder_for_compute_comm_overlap": False,
+    "bucket_all_gathers_fx": "none",
+    "bucket_reduce_scatters_fx": "none",
+    "bucket_all_reduces_fx": "none",
+}
+_CALL = re.compile(
+    r"_c10d_functional\.(all_gather_into_tensor|all_to_all_single|wait_tensor)(?:_out)?\.(?:default|out)\((.*)"
+)
+_ROLE = re.compile(r"'(zc\.[^']+)'")
+_SHORT = {ALL_GATHER: "all_gather_into_tensor", ALL_TO_ALL: "all_to_all_single", WAIT: "wait_tensor"}
+
+
+def run(gm: GraphModule, context: Context) -> None:
+    context.note(f"{len(order(gm))} launches and waits in order")
+
+
+def check(gm: GraphModule, context: Context) -> None:
+    """The real check needs the generated code: see check_code."""
+
+
+def order(gm: GraphModule) -> list[str]:
+    """Launches (op and role) and waits, in graph order."""
+    found = []
+    for node in find(gm.graph, *COLLECTIVES, WAIT):
+        role = next((arg for arg in node.args if isinstance(arg, str)), "")
+        found.append(f"{_SHORT[node.target]} {role}".strip())
+    return found
+
+
+def check_code(source: str, expected: list[str]) -> None:
+    """Raise AssertionError where the generated `source` does not launch and wait in the `expected` order."""
+    found = []
+    for line in source.splitlines():
+        match = _CALL.search(line)
+        if match and not line.lstrip().startswith("#"):
+            role = _ROLE.search(match[2])
+            found.append(f"{match[1]} {role[1] if role else ''}".strip())
+    if found != expected:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected))
+        )
+        have = found[at] if at < len(found) else "nothing"
+        want = expected[at] if at < len(expected) else "nothing"
+        raise AssertionError(
+            f"generated code departs from the graph's order at collective {at}: {have} where the graph has {want}"
+        )

@@ -1,0 +1,26 @@
+"""Makes `tests/support` importable as `support`, and hands out ranks that live as long as the test session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from support.spawn import Pool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Pool]]:
+    """`ranks(4)`: a pool of 4 gloo ranks, shared by all tests that ask for 4."""
+    pools: dict[int, Pool] = {}
+
+    def pool(world: int) -> Pool:
+        return pools.setdefault(world, Pool(world))
+
+    yield pool
+    for made in pools.values():
+        made.close()

@@ -1,0 +1,20 @@
+"""zcompile: a torch.compile backend for hierarchical ZeRO."""
+
+__version__ = "0.1.0"
+
+from zcompile.api import full_state_dict, hierarchical_zero, ledger, mark_written
+from zcompile.plan import Plan, Rule
+from zcompile.topology import Level, Topology
+from zcompile.wire import WireFormat
+
+__all__ = [
+    "Level",
+    "Plan",
+    "Rule",
+    "Topology",
+    "WireFormat",
+    "full_state_dict",
+    "hierarchical_zero",
+    "ledger",
+    "mark_written",
+]

@@ -1,0 +1,258 @@
+"""Every private name of torch that zcompile uses, in one place, each with the version that it was read from.
+
+Nothing else in the package imports a name with a leading underscore from torch. When a torch release moves one of
+these, this file is the one to repair; the tests in `tests/gloo/test_runtime.py` fail first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import (  # read from torch 2.13
+    HashStore,
+    PrefixStore,
+    Store,
+    TCPStore,
+    _create_work_from_future,
+    _get_work_registry_size,
+    _register_process_group,
+    _register_work,
+    _resolve_process_group,
+    _unregister_process_group,
+)
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.distributed import distributed_c10d
+from torch.distributed._functional_collectives import (
+    allow_inflight_collective_as_graph_input_ctx,
+)  # read from torch 2.13
+from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "HashStore",
+    "PrefixStore",
+    "Store",
+    "TCPStore",
+    "all_gather",
+    "allow_inflight_launch",
+    "backend_config",
+    "default_group",
+    "default_store",
+    "new_group",
+    "number_of_groups",
+    "register_group",
+    "resolve_group",
+    "set_group_timeout",
+    "unregister_group",
+    "unwaited_work",
+]
+
+
+def register_group(name: str, group: dist.ProcessGroup) -> None:
+    """Make `group` reachable from functional collectives under `name`, eager and compiled. The caller keeps `group`
+    alive.
+    """
+    _register_process_group(cast(Any, name), group)
+
+
+def unregister_group(name: str) -> None:
+    """Undo `register_group`. A name that is not registered (torch forgets all of them in `destroy_process_group`) is
+    left alone.
+    """
+    try:
+        _resolve_process_group(cast(Any, name))
+    except RuntimeError:
+        return
+    _unregister_process_group(cast(Any, name))
+
+
+def resolve_group(name: str) -> dist.ProcessGroup:
+    """The group registered under `name`; RuntimeError of torch if there is none."""
+    return _resolve_process_group(cast(Any, name))
+
+
+def unwaited_work() -> int:
+    """Number of functional collectives of this process that nobody has waited for yet."""
+    return _get_work_registry_size()
+
+
+def allow_inflight_launch() -> AbstractContextManager[None]:
+    """Inside it, a collective launched with `async_op=True` registers its work, so that `wait_tensor` in a graph waits
+    for it.
+    """
+    return cast("AbstractContextManager[None]", allow_inflight_collective_as_graph_input_ctx())
+
+
+def default_store() -> Store:
+    """The store of the default process group (read from torch 2.13)."""
+    return distributed_c10d._get_default_store()
+
+
+def default_group() -> dist.ProcessGroup:
+    """The default process group (read from torch 2.13); ValueError of torch if it is not initialised."""
+    return distributed_c10d._get_default_group()
+
+
+def backend_config() -> str:
+    """The default group's backends by device, as text: `cpu:gloo,cuda:nccl` (`_world.pg_backend_config`, read from
+    torch 2.13).
+    """
+    return str(distributed_c10d._world.pg_backend_config[default_group()])
+
+
+def number_of_groups() -> int:
+    """Process groups of this process so far (`_world.pg_names`, read from torch 2.13, which hashes this number into the
+    names of new ones).
+    """
+    return len(distributed_c10d._world.pg_names)
+
+
+def new_group(ranks: list[int], *, backend: str | None, timeout: float, description: str) -> dist.ProcessGroup:
+    """A process group of `ranks` in exactly that order, made by its members alone; `timeout` in seconds.
+
+    Keeping the order needs `sort_ranks` of `new_group` (torch 2.13). Without it, torch sorts the ranks and every
+    sharded tensor comes back permuted with no error, hence the refusal here.
+    """
+    keywords: dict[str, Any] = {}
+    if ranks != sorted(ranks):
+        if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
+            raise RuntimeError(
+                f"group of ranks {ranks}: torch {torch.__version__} sorts the ranks of a group and cannot keep this "
+                "order; use torch >= 2.13, or start the ranks so that each level's ranks are ascending"
+            )
+        keywords["sort_ranks"] = False
+    group = dist.new_group(
+        ranks,
+        timeout=timedelta(seconds=timeout),
+        backend=backend,
+        use_local_synchronization=True,
+        group_desc=description,
+        **keywords,
+    )
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group of ranks {ranks}: this process has rank {dist.get_rank()} and is not a member")
+    return group
+
+
+def all_gather(output: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """`own` of every rank in group order into `output`, asynchronously. torch 2.13 renamed `all_gather_into_tensor` and
+    warns at the old name.
+    """
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return cast(dist.Work, gather(output, own, group=group, async_op=True))
+
+
+def set_group_timeout(group: dist.ProcessGroup, seconds: float) -> None:
+    """Time limit of later collectives on `group` (`ProcessGroup.set_timeout`, torch 2.13; older ones keep the limit
+    given at creation).
+    """
+    setter = getattr(group, "set_timeout", None)
+    if setter is not None:
+        setter(timedelta(seconds=seconds))
+
+
+def register_future(tensor: Tensor, future: torch.futures.Future[Tensor]) -> None:
+    """A later `wait_tensor(tensor)`, eager or compiled, waits for `future` (2.13: the work registry is keyed by storage)."""
+    _register_work(tensor, _create_work_from_future(future))
+
+
+def outer_backend() -> Any | None:
+    """The backend of the torch.compile context in which the caller runs, or None (2.13: eval_frame's callback chain)."""
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    callback: Any = get_eval_frame_callback()
+    if callback is None or callback is False:
+        return None
+    while True:
+        inner = getattr(callback, "_torchdynamo_orig_backend", None) or getattr(
+            callback, "_torchdynamo_orig_callable", None
+        )
+        if inner is None:
+            break
+        callback = inner
+    return getattr(callback, "compiler_fn", callback)
+
+
+def never_compile_alone(function: Any) -> Any:
+    """Dynamo inlines `function` into what it traces, but never starts a graph at it (2.13: eval_frame's skip_code)."""
+    from torch._dynamo.decorators import skip_code
+
+    skip_code(function.__code__)
+    return function
+
+
+def wrap_local(local: Tensor, like: DTensor) -> DTensor:
+    """A DTensor with the placements of `like` over `local`, without autograd (2.13: DTensor.__new__(local, spec, requires_grad=))."""
+    return DTensor(local, like._spec, requires_grad=False)
+
+
+# -- Inductor (read in 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py) ---------------------------------------------------
+
+
+class GraphPass(CustomGraphPass):
+    """A function on a graph module as an Inductor pass; `key` goes into the key of what Inductor caches."""
+
+    def __init__(self, function: Callable[[Any], None], key: str):
+        self._function, self._key = function, key
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self._function(graph.owning_module)
+
+    def uuid(self) -> Any:
+        return self._key
+
+
+def select_decomp_table() -> Mapping[Any, Any]:
+    from torch._inductor.decomposition import select_decomp_table as select
+
+    return select()
+
+
+def compile_fx(
+    gm: Any,
+    inputs: Sequence[Any],
+    half: Callable[..., Any],
+    patches: dict[str, Any],
+    decompositions: dict[Any, Any] | None,
+) -> Any:
+    """Inductor's entry: AOTAutograd, joint passes, partition; `half` is called with each half where Inductor's own compiler would be."""
+    from torch._inductor.compile_fx import compile_fx as entry
+
+    def inner(graph: Any, example_inputs: Any, **details: Any) -> Any:
+        return half(graph, example_inputs, **details)
+
+    return entry(gm, inputs, inner_compile=inner, config_patches=patches, decompositions=decompositions)
+
+
+def compile_fx_inner(gm: Any, inputs: Sequence[Any], **details: Any) -> Any:
+    from torch._inductor.compile_fx import compile_fx_inner as inner
+
+    return inner(gm, inputs, **details)
+
+
+@contextlib.contextmanager
+def aot_cache_off() -> Iterator[None]:
+    """AOTAutograd's cache looks up while compile_fx runs, and saves what it looked up for: off for this compile alone."""
+    from torch._functorch import config
+
+    with config.patch(enable_autograd_cache=False):
+        yield
+
+
+def boxed(gm: Any) -> Any:
+    """The graph itself as the compiled function: called with a list that it empties."""
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    return make_boxed_func(gm)
+
+
+def generated_code(compiled: Any) -> str:
+    """The source Inductor generated, or '' where it keeps none."""
+    return getattr(compiled, "source_code", "") or ""

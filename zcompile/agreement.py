@@ -1,0 +1,188 @@
+"""Agreement: do all ranks say the same? A few words exchanged over a CPU group of the world, and an error that says who
+differs, and where.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import zlib
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zcompile import _torch_compat as compat
+
+_FRAME = 16  # words of the first message; two of them are the header (number of words, checksum of the step's name)
+_BODY = _FRAME - 2
+
+
+class AgreementError(RuntimeError):
+    """Ranks disagree, or one did not answer. The text is the same on all ranks that got an answer."""
+
+
+class Exchange:
+    """An exchange under way; `result()` waits for it. Take results in the order of the launches."""
+
+    def __init__(self, agreement: Agreement, words: list[int], step: str) -> None:
+        self._agreement = agreement
+        self._words = words
+        self._step = step
+        self._values: list[list[int]] | None = None
+        head = [len(words), zlib.crc32(step.encode())]
+        self._frame = agreement._launch(_padded(head + words[:_BODY], _FRAME))
+
+    def result(self, timeout: float | None = None) -> list[list[int]]:
+        """The words of every rank, by rank. AgreementError after `timeout` seconds, or if a rank is at another step."""
+        if self._values is None:
+            self._values = self._take(timeout)
+        return self._values
+
+    def _take(self, timeout: float | None) -> list[list[int]]:
+        agreement, step = self._agreement, self._step
+        frames = agreement._finish(self._frame, step, timeout)
+        strangers = [rank for rank, frame in enumerate(frames) if frame[1] != zlib.crc32(step.encode())]
+        if strangers:
+            raise AgreementError(
+                f"agreement step `{step}` on rank {agreement.rank}: rank {_ranks(strangers)} is at another "
+                "step; all ranks must reach the same steps in the same order"
+            )
+        lengths = [frame[0] for frame in frames]
+        if max(lengths) > _BODY:
+            launched = agreement._launch(_padded(self._words, max(lengths)))
+            frames = [[0, 0, *tail] for tail in agreement._finish(launched, step, timeout)]
+        return [frame[2 : 2 + length] for frame, length in zip(frames, lengths, strict=True)]
+
+
+class Agreement:
+    """Small exchanges between all ranks of the world, over a CPU group of their own.
+
+    With one rank, or on the fake backend, there is nobody to ask: every rank is taken to say what this one says.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, rank: int, world_size: int, timeout: float = 300.0) -> None:
+        self.group = group
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout = timeout
+
+    def exchange(self, words: list[int], *, step: str = "exchange", timeout: float | None = None) -> list[list[int]]:
+        """Every rank's `words` (int64, any number, it may differ between ranks), by rank. `timeout` in seconds."""
+        return self.launch(words, step=step).result(timeout)
+
+    def launch(self, words: list[int], *, step: str = "exchange") -> Exchange:
+        """`exchange` without waiting."""
+        return Exchange(self, [int(word) for word in words], step)
+
+    def compare(self, title: str, value: Any, *, timeout: float | None = None) -> None:
+        """Raise AgreementError on all ranks alike unless `value` (what JSON can hold) is the same on all of them.
+
+        The error names the ranks that differ from the most common value, the path of the first difference, and both
+        values there. Costs one small exchange when all agree.
+        """
+        text = json.dumps([title, value], sort_keys=True, separators=(",", ":")).encode()
+        digest = hashlib.sha256(text).digest()
+        words = [int.from_bytes(digest[8 * i : 8 * i + 8], "little", signed=True) for i in range(4)] + [len(text)]
+        said = [tuple(answer) for answer in self.exchange(words, step="compare", timeout=timeout)]
+        if len(set(said)) == 1:
+            return
+        counts = Counter(said)
+        usual = max(counts, key=lambda answer: (counts[answer], -said.index(answer)))
+        odd = [rank for rank, answer in enumerate(said) if answer != usual]
+        first, other = said.index(usual), odd[0]
+        title, expected = self._broadcast(text, first, said[first][4], timeout)
+        other_title, found = self._broadcast(text, other, said[other][4], timeout)
+        if title != other_title:
+            raise AgreementError(
+                f"ranks compare different things: rank {_ranks(odd)} differs from rank {first}: "
+                f"rank {first} compares `{title}`, rank {other} compares `{other_title}`"
+            )
+        path, left, right = first_difference(expected, found) or ("", expected, found)
+        raise AgreementError(
+            f"ranks disagree on {title}: rank {_ranks(odd)} differs from rank {first}: at `{title}{path}` "
+            f"rank {first} has {left}, rank {other} has {right}"
+        )
+
+    def _broadcast(self, text: bytes, source: int, length: int, timeout: float | None) -> Any:
+        """The JSON text of rank `source`, read; `length` in bytes is known to all."""
+        assert self.group is not None, "one rank cannot differ from itself"
+        buffer = (
+            torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            if source == self.rank
+            else torch.empty(length, dtype=torch.uint8)
+        )
+        work = dist.broadcast(buffer, group=self.group, group_src=source, async_op=True)
+        self._wait(work, "compare", timeout)
+        return json.loads(bytes(buffer.tolist()))
+
+    def _launch(self, words: list[int]) -> tuple[torch.Tensor, dist.Work | None]:
+        mine = torch.tensor(words, dtype=torch.int64)
+        if self.group is None:
+            return mine.repeat(self.world_size), None
+        gathered = torch.empty(self.world_size * len(words), dtype=torch.int64)
+        return gathered, compat.all_gather(gathered, mine, self.group)
+
+    def _finish(
+        self, launched: tuple[torch.Tensor, dist.Work | None], step: str, timeout: float | None
+    ) -> list[list[int]]:
+        gathered, work = launched
+        self._wait(work, step, timeout)
+        rows: list[list[int]] = gathered.view(self.world_size, -1).tolist()
+        return rows
+
+    def _wait(self, work: dist.Work | None, step: str, timeout: float | None) -> None:
+        if work is None:
+            return
+        limit = self.timeout if timeout is None else timeout
+        start = time.monotonic()
+        try:
+            work.wait(timedelta(seconds=limit))
+        except RuntimeError as error:
+            raise AgreementError(
+                f"agreement step `{step}` on rank {self.rank}: no answer from all {self.world_size} ranks after "
+                f"{time.monotonic() - start:.1f} s (limit {limit:g} s); a rank is late, gone or at another "
+                f"step. torch said: {error}"
+            ) from error
+
+
+def first_difference(left: Any, right: Any, path: str = "") -> tuple[str, str, str] | None:
+    """Path (`[3].bytes`) and both values at the first place where two JSON values differ; None if they are equal."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        for key in sorted({*left, *right}):
+            if key not in left or key not in right:
+                return f"{path}.{key}", _shown(left, key), _shown(right, key)
+            if found := first_difference(left[key], right[key], f"{path}.{key}"):
+                return found
+        return None
+    if isinstance(left, list) and isinstance(right, list):
+        for position, (a, b) in enumerate(zip(left, right, strict=False)):
+            if found := first_difference(a, b, f"{path}[{position}]"):
+                return found
+        if len(left) == len(right):
+            return None
+        position = min(len(left), len(right))
+        return f"{path}[{position}]", _shown(left, position), _shown(right, position)
+    if type(left) is type(right) and left == right:
+        return None
+    return path, json.dumps(left), json.dumps(right)
+
+
+def _shown(container: Any, key: Any) -> str:
+    missing = key not in container if isinstance(container, dict) else key >= len(container)
+    return "nothing" if missing else json.dumps(container[key])
+
+
+def _ranks(ranks: list[int]) -> str:
+    """`3`, or `3 (also 5, 7)`, cut after eight."""
+    if len(ranks) == 1:
+        return str(ranks[0])
+    rest = ", ".join(str(rank) for rank in ranks[1:9]) + (f" and {len(ranks) - 9} more" if len(ranks) > 9 else "")
+    return f"{ranks[0]} (also {rest})"
+
+
+def _padded(words: list[int], length: int) -> list[int]:
+    return words + [0] * (length - len(words))

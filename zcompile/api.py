@@ -1,0 +1,259 @@
+"""`hierarchical_zero`: wrap a model, or decorate its class."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from zcompile import traffic
+from zcompile.backend import hierarchical_zero_backend
+from zcompile.engine import Engine
+from zcompile.front import Root, install, whole_call
+from zcompile.options import Options
+from zcompile.params import named_owners
+from zcompile.plan import Plan
+from zcompile.runtime import Runtime, init_from_launcher
+from zcompile.topology import Topology
+
+M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C", bound=type[nn.Module])
+FLOATS = (torch.float32, torch.bfloat16)
+
+
+@overload
+def hierarchical_zero(module_or_class: C, **settings: Any) -> C: ...
+@overload
+def hierarchical_zero(module_or_class: M, **settings: Any) -> M: ...
+@overload
+def hierarchical_zero(module_or_class: None = None, **settings: Any) -> Callable[[C], C]: ...
+
+
+def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str | None = None, plan: Plan | str = "zero_topo",
+                      compute_dtype: torch.dtype | None = None, compile: bool = True, **options: Any) -> Any:  # fmt: skip
+    """Shard a model over the levels of the machine and compile its forward and backward with the transfers in the graph.
+
+    As a decorator on an nn.Module class (bare or with arguments) every instance is wrapped when it has been constructed; called with
+    an instance it wraps that one in place and returns it. The ordinary loop stays: any element-wise optimizer over
+    `model.parameters()`, made afterwards; `loss.backward()`; `opt.step()`. Gradients are averaged over the ranks.
+
+    Args:
+        topology: a Topology, "frontier", "frontier:48", "2x2x2", ...; None: found from the launcher.
+        plan: a Plan or the name of a preset.
+        compute_dtype: dtype in which weights are gathered and inputs are cast (torch.float32 or torch.bfloat16); None: the model's own.
+        compile: False leaves the forward to eager torch, or to `torch.compile(model, backend="hierarchical_zero")`.
+        options: see zcompile.options.Options.
+
+    Raises:
+        ValueError, TypeError: bad settings, named with the valid ones, before anything is launched.
+        AgreementError: the ranks were given different settings or models.
+    """
+    parsed = Options.parse(options)
+    plan = Plan.parse(plan)
+    if isinstance(topology, str):
+        _check_topology_text(topology)
+    if compute_dtype is not None and compute_dtype not in FLOATS:
+        raise ValueError(
+            f"compute_dtype={compute_dtype!r}: valid are torch.float32, torch.bfloat16 and None (the model's own)"
+        )
+
+    def wrap(module: nn.Module) -> nn.Module:
+        return _wrap(module, topology, plan, compute_dtype, compile, parsed)
+
+    if module_or_class is None:
+        return lambda cls: _decorate(cls, wrap)
+    if isinstance(module_or_class, type):
+        return _decorate(module_or_class, wrap)
+    return wrap(module_or_class)
+
+
+def _check_topology_text(text: str) -> None:
+    """Texts that stand for themselves are checked at once; a bare machine name needs the number of ranks."""
+    with contextlib.suppress(_NeedsWorld):
+        if "x" in text and text[0].isdigit():
+            Topology.parse(text)
+
+
+class _NeedsWorld(Exception):
+    pass
+
+
+def _decorate(cls: Any, wrap: Callable[[nn.Module], nn.Module]) -> Any:
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"hierarchical_zero decorates nn.Module classes, not {cls!r}")
+
+    class Constructing(type(cls)):  # type: ignore[misc]
+        def __call__(klass, *args: Any, **kwargs: Any) -> Any:
+            module = super().__call__(*args, **kwargs)
+            return module if isinstance(module, Root) else wrap(module)
+
+    names = {"__qualname__": cls.__qualname__, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return Constructing(cls.__name__, (cls,), names)
+
+
+def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute_dtype: torch.dtype | None, compile: bool,
+          options: Options) -> nn.Module:  # fmt: skip
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"hierarchical_zero wraps an nn.Module, not {type(model).__name__}")
+    compute = _check_model(model, compute_dtype)
+    device = next(model.parameters()).device
+    init_from_launcher(device)
+    world = dist.get_world_size()
+    found = (
+        Topology.detect(world_size=world, gather=_gather_objects, pci=None)
+        if topology is None
+        else Topology.parse(topology, world_size=world)
+    )
+    found.check_world(world)
+    if found.world != len(found.levels):
+        raise ValueError(
+            f"topology {found.key}: levels beyond the world (`site`) need an outer strategy, which this version has not"
+        )
+    runtime = Runtime.get(found, timeout=options.timeout)
+    main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")
+    resolved = plan.resolve(found, main)
+    _agree(runtime, model, resolved, compute, options)
+    if device.type != "meta":
+        _same_start(runtime, model, options)
+    engine = Engine(model, resolved, runtime, compute, compute_dtype, options)
+    install(model, engine)
+    if compile:
+        engine.compiled = torch.compile(
+            whole_call(model), backend=hierarchical_zero_backend, fullgraph=options.fullgraph, dynamic=options.dynamic
+        )
+    return model
+
+
+def _gather_objects(value: Any) -> list[Any]:
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def _check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """name -> dtype in which a forward sees each parameter; refuses what cannot be wrapped."""
+    if isinstance(model, Root):
+        raise ValueError("hierarchical_zero: this model is wrapped already")
+    for child in model.modules():
+        if isinstance(child, Root):
+            raise ValueError(
+                f"hierarchical_zero: the submodule {type(child).__name__} is wrapped already; wrap the outermost model only"
+            )
+    compute: dict[str, torch.dtype] = {}
+    for parameter, owners in named_owners(model).items():
+        name = owners[0][0]
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor already (FSDP2 or tensor parallel?): wrap the plain model"
+            )
+        if parameter.dtype not in FLOATS:
+            raise ValueError(
+                f"parameter {name!r} has dtype {parameter.dtype}; masters are made from torch.float32 or torch.bfloat16"
+            )
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"parameter {name!r} is lazy: run one forward of the plain model first")
+        compute[name] = compute_dtype or parameter.dtype
+    if not compute:
+        raise ValueError(f"hierarchical_zero: {type(model).__name__} has no parameters to shard")
+    devices = {p.device for p in model.parameters()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"hierarchical_zero: the parameters are on several devices ({', '.join(sorted(map(str, devices)))}); move the model to one"
+        )
+    _refuse_optimizers(model)
+    return compute
+
+
+def _refuse_optimizers(model: nn.Module) -> None:
+    ours = {id(p) for p in model.parameters()}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.optim.Optimizer):
+            for group in thing.param_groups:
+                if any(id(p) in ours for p in group["params"]):
+                    raise ValueError(
+                        f"hierarchical_zero: a {type(thing).__name__} was made from this model's parameters before it was wrapped and would step "
+                        "tensors that are no longer used. Wrap first, then make the optimizer from model.parameters()."
+                    )
+
+
+def _agree(runtime: Runtime, model: nn.Module, plan: Any, compute: dict[str, torch.dtype], options: Options) -> None:
+    from zcompile import __version__
+
+    runtime.agreement.compare("settings of hierarchical_zero", {
+        "zcompile": __version__, "torch": torch.__version__, "plan": plan.describe().splitlines(), "plan key": plan.key,
+        "options": {"codegen": options.codegen, "checks": options.checks, "sync_init": options.sync_init},
+        "parameters": [[names[0][0], list(p.shape), str(compute[names[0][0]]), p.requires_grad] for p, names in named_owners(model).items()],
+    })  # fmt: skip
+
+
+def _same_start(runtime: Runtime, model: nn.Module, options: Options) -> None:
+    """Ranks that start from different weights would train a model that nobody initialised."""
+    if runtime.topology.world_size == 1:
+        return
+    if options.sync_init:
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, 0)
+        return
+    sums = [[names[0][0], int(_bits(p).sum())] for p, names in named_owners(model).items()]
+    words = [total % (1 << 62) for _, total in sums]
+    rows = runtime.agreement.exchange(words)
+    for rank, row in enumerate(rows):
+        for (name, _), mine, theirs in zip(sums, rows[0], row, strict=True):
+            if mine != theirs:
+                raise ValueError(
+                    f"hierarchical_zero: parameter {name!r} starts from other values on rank {rank} than on rank 0. Seed every rank equally "
+                    "before building the model, or pass sync_init=True to take rank 0's."
+                )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    plain = tensor.detach().contiguous().reshape(-1)
+    return plain.view(torch.int32 if plain.dtype == torch.float32 else torch.int16).to(torch.int64)
+
+
+def _engine(model: Any, caller: str) -> Engine:
+    inner = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, Root):
+        raise TypeError(f"zcompile.{caller}: {type(model).__name__} was not wrapped by hierarchical_zero")
+    return inner.zero
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Plain tensors, names and shapes as the plain model's; every rank calls it, every rank gets it. Copies, not views."""
+    engine = _engine(model, "full_state_dict")
+    out: dict[str, Any] = {}
+    for name, value in getattr(model, "_orig_mod", model).state_dict().items():
+        out[name] = (
+            gather_full(value, engine)
+            if isinstance(value, DTensor)
+            else value.detach().clone()
+            if isinstance(value, Tensor)
+            else value
+        )
+    return out
+
+
+def gather_full(value: DTensor, engine: Engine) -> Tensor:
+    """The whole of a master-like DTensor on every rank."""
+    with torch.no_grad():
+        return value.detach().full_tensor().clone()
+
+
+def ledger(model: nn.Module) -> dict[str, Any]:
+    """Bytes one rank received in the last step: {"levels": {level: {transfer: {"predicted", "compiled", "counted"}}}, ...}.
+
+    Transfers are gather, reduce, sync and refresh; a step ends with a synchronising backward. The three columns come from the closed
+    forms, from the collective nodes of the graphs that ran, and from the process groups; they are equal, or something is wrong.
+    """
+    return traffic.report(_engine(model, "ledger"))
+
+
+def mark_written(model: nn.Module) -> None:
+    """Announce a write to the masters that torch does not count (through `p.data`): the next forward refreshes every copy."""
+    _engine(model, "mark_written").mark_written()

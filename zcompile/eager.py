@@ -1,0 +1,126 @@
+"""Reading a weight outside any compiled graph: the same transfers, one parameter at a time.
+
+Note [One reduce for many reads]: a weight that is read several times in a forward gets its gradient from several places. The sum is
+taken over whole gradients, in the order autograd delivers them, before one reduce: the same bits as a dense model, and one transfer.
+Each forward counts its reads of a parameter; the backward of the last one reduces. Reads whose gradient never arrives are settled by
+`flush` when the backward ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from zcompile import transfers
+from zcompile.ops import ACCUMULATE, finish, needs_wait
+from zcompile.params import Slot
+
+
+class _Reads:
+    """Reads of one parameter in one forward: how many there were, how many gradients are still to come, and their sum so far."""
+
+    def __init__(self, slot: Slot, main: Tensor | None):
+        self.slot, self.main = slot, main
+        self.count = self.open = 0
+        self.total: Tensor | None = None
+
+
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, slot: Slot, call: Any, reads: _Reads | None) -> Tensor:
+        ctx.call, ctx.reads = call, reads
+        return whole(slot, call)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        reads = ctx.reads
+        reads.open -= 1
+        reads.total = grad if reads.total is None else reads.total + grad
+        return (_settle(ctx.call, reads) if reads.open == 0 else None), None, None, None
+
+
+def whole(slot: Slot, call: Any) -> Tensor:
+    """The whole parameter in its compute dtype: gathers from the unit's copy."""
+    spec, copy = slot.spec, slot.unit.copy
+    if needs_wait(spec):
+        copy = torch.ops._c10d_functional.wait_tensor(copy)
+    call.engine.traffic.op("gather", spec)
+    out = transfers.gather(transfers.columns(copy, [spec]), [spec])[0]
+    storage = out.untyped_storage()
+    if storage._cdata != copy.untyped_storage()._cdata:
+        call.wholes[storage._cdata] = (StorageWeakRef(storage), slot)
+    return out
+
+
+def read(slot: Slot) -> Tensor:
+    """`module.weight` inside a forward that no compiler traces."""
+    from zcompile.engine import current_engine
+
+    engine = current_engine()
+    assert engine is not None and engine.call is not None
+    call = engine.call
+    leaf = slot.token if call.phase == ACCUMULATE else slot.leaf
+    assert leaf is not None
+    if not (leaf.requires_grad and torch.is_grad_enabled()):
+        return whole(slot, call).detach()
+    reads = call.reads.get(slot)
+    if reads is None:
+        reads = call.reads[slot] = _Reads(slot, slot.main)
+    reads.count += 1
+    reads.open = reads.count
+    return Gather.apply(leaf, slot, call, reads)
+
+
+def flush(call: Any, slot: Slot) -> Tensor | None:
+    """Settle reads of `slot` in this call that have a sum but wait for gradients that will not come."""
+    reads = call.reads.get(slot)
+    return _settle(call, reads) if reads is not None and reads.total is not None else None
+
+
+def _settle(call: Any, reads: _Reads) -> Tensor | None:
+    slot, grad = reads.slot, reads.total
+    assert grad is not None
+    reads.total, reads.open = None, reads.count
+    spec, traffic = slot.spec, call.engine.traffic
+    traffic.op("reduce", spec)
+    reduced = transfers.reduce([grad], [spec])
+    if call.phase != ACCUMULATE:
+        traffic.op("sync", spec)
+    return finish(reads.main, reduced, spec.text, call.phase)
+
+
+class _Saved:
+    """Stands in for a view of a whole weight among saved tensors: how to see the weight that way again."""
+
+    def __init__(self, slot: Slot, tensor: Tensor):
+        self.slot, self.size, self.stride, self.offset = slot, tensor.size(), tensor.stride(), tensor.storage_offset()
+        self.dtype = tensor.dtype
+
+
+@contextlib.contextmanager
+def keep_wholes_out(engine: Any) -> Iterator[None]:
+    """Inside, autograd saves no gathered weight: a note instead, and the backward gathers again.
+
+    A saved tensor is recognised by its storage. The weak reference keeps the storage's address from being used again.
+    """
+    call = engine.call
+
+    def pack(tensor: Tensor) -> Tensor | _Saved:
+        found = call.wholes.get(tensor.untyped_storage()._cdata)
+        if found is None or tensor.dtype != transfers.dtype(found[1].spec.compute):
+            return tensor
+        return _Saved(found[1], tensor)
+
+    def unpack(saved: Tensor | _Saved) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        call.start()
+        return whole(saved.slot, call).as_strided(saved.size, saved.stride, saved.offset)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield

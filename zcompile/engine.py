@@ -1,0 +1,363 @@
+"""The engine of one wrapped model: what a forward may read, which phase it is in, when copies are refreshed.
+
+Everything that happens around the compiled graphs happens here, in plain Python that Dynamo never sees: `begin` before a forward,
+`end` after it, `Unwrap.backward` when a backward has handed over all its gradients.
+
+Note [Windows]: a window is the micro-batches that one optimizer step adds up. It is opened by the first forward under `no_sync` and
+closed by the first synchronising backward; its main grads live exactly as long. A backward that accumulates into a window that is
+closed already (two forwards whose backwards run in the other order) is synced at once: nothing is lost, one sync more is sent.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zcompile import transfers
+from zcompile._torch_compat import wrap_local
+from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC
+from zcompile.params import MASTER, Slot, Unit, build
+from zcompile.plan import ResolvedPlan
+from zcompile.refresh import Refresher
+from zcompile.runtime import Runtime
+from zcompile.traffic import Traffic
+
+
+class _Reading:
+    """What the weight properties look at: the engine whose forward is running, and its phase. One object for all models, so that
+    a graph guards on it once. Strings, because ints on objects turn symbolic when they change."""
+
+    def __init__(self) -> None:
+        self.engine = ""
+        self.phase = NONE
+
+
+READING = _Reading()
+_ENGINES: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
+_count = 0
+
+
+def current_engine() -> Engine | None:
+    """The engine whose forward is running in this process, if any."""
+    return _ENGINES.get(READING.engine)
+
+
+class Window:
+    """One accumulation window: main grads by slot, and whether its sync has run. See Note [Windows]."""
+
+    def __init__(self) -> None:
+        self.mains: dict[Slot, Tensor] = {}
+        self.touched: set[Slot] = set()
+        self.closed = False
+
+
+class Engine:
+    """State of one wrapped model.
+
+    Attributes:
+        units, slots: buffers and parameters, in registration order.
+        synchronising: what `set_requires_gradient_sync` set.
+        traffic: predicted, compiled and counted bytes; see zcompile.traffic.
+    """
+
+    def __init__(self, model: nn.Module, plan: ResolvedPlan, runtime: Runtime, compute: dict[str, torch.dtype],
+                 cast_inputs: torch.dtype | None, options: Any):  # fmt: skip
+        global _count
+        _count += 1
+        self.key = f"zc{_count}"
+        _ENGINES[self.key] = self
+        self.plan = plan
+        self.runtime = runtime
+        self.options = options
+        self.cast_inputs = cast_inputs
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.coordinates = tuple(runtime.coordinates)
+        mesh = runtime.mesh(self.device.type if self.device.type != "meta" else "cpu")
+        self.units, self.slots = build(model, plan, mesh, self.coordinates, self.key, compute)
+        self.by_name = {slot.name: slot for slot in self.slots}
+        self.synchronising = True
+        self.window = Window()
+        self.traffic = Traffic(self)
+        self.refresher = Refresher(self.device)
+        self.compiled: Callable[..., Any] | None = None
+        """The model's own compiled forward; None if it is compiled from outside or not at all."""
+        self.call: _Call | None = None
+        self.programs: list[Any] = []
+        self._written = 0
+        self._checksums: dict[Unit, Tensor] = {}
+
+    # -- forward ---------------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> tuple[str, str, _Call | None]:
+        """Before a forward: agree with the other ranks, launch stale refreshes, make the leaves, open the weights for reading."""
+        self._check_unchanged()
+        phase = self._phase()
+        self._check_written()
+        stale = self._agree(phase, [unit.stale for unit in self.units])
+        self.traffic.start(evaluation=phase == NONE)
+        self.refresher.launch(unit for unit, old in zip(self.units, stale, strict=True) if old)
+        self.traffic.refreshed(unit for unit, old in zip(self.units, stale, strict=True) if old)
+        call = _Call(self, phase)
+        call.open()
+        token = (READING.engine, READING.phase, self.call)
+        READING.engine, READING.phase, self.call = self.key, phase, call
+        return token
+
+    def end(self, token: tuple[str, str, _Call | None], output: Any) -> Any:
+        """After a forward: close the weights, wait for refreshes that nobody read, watch the output for the backward's start."""
+        call = self.call
+        assert call is not None
+        self.abandon(token)
+        if call.phase != NONE:
+            call.watch(output)
+        return output
+
+    def abandon(self, token: tuple[str, str, _Call | None]) -> None:
+        """After a forward that raised (and part of every `end`)."""
+        READING.engine, READING.phase, self.call = token
+        for slot in self.slots:
+            slot.leaf = slot.token = slot.main = None
+        self.refresher.drain()
+        self.traffic.stop()
+
+    def _phase(self) -> str:
+        if not torch.is_grad_enabled() or not any(slot.master.requires_grad for slot in self.slots):
+            return NONE
+        if not self.synchronising:
+            return ACCUMULATE
+        return SYNC if self.window.mains else DIRECT
+
+    def _agree(self, phase: str, stale: Sequence[bool]) -> list[bool]:
+        """Which units are stale on any rank. A rank in another phase is an error on every rank, before any transfer."""
+        words = [PHASES.index(phase)]
+        for start in range(0, len(stale), 62):
+            words.append(sum(1 << i for i, old in enumerate(stale[start : start + 62]) if old))
+        rows = self.runtime.agreement.exchange(words)
+        phases = [PHASES[row[0]] for row in rows]
+        if len(set(phases)) > 1:
+            odd = next(rank for rank, other in enumerate(phases) if other != phases[0])
+            raise RuntimeError(
+                f"zcompile: the ranks disagree about this forward: rank 0 is in phase {phases[0]!r}, rank {odd} in {phases[odd]!r} "
+                f"(none: no_grad, accumulate: under no_sync, direct/sync: otherwise). Every rank must run the same kind of micro-step."
+            )
+        union = [0] * (len(words) - 1)
+        for row in rows:
+            union = [a | b for a, b in zip(union, row[1:], strict=True)]
+        return [bool(union[i // 62] >> (i % 62) & 1) for i in range(len(stale))]
+
+    def _check_unchanged(self) -> None:
+        for slot in self.slots:
+            for module, attribute in slot.owners:
+                if module._parameters.get(attribute) is not slot.master:
+                    raise RuntimeError(
+                        f"zcompile: parameter {slot.name!r} was replaced or removed after hierarchical_zero wrapped the model. "
+                        "Assign in place (`with torch.no_grad(): p.copy_(...)`), or change the model first and wrap it then."
+                    )
+        device = self.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            wanted = torch.get_autocast_dtype(device)
+            if any(slot.spec.compute != str(wanted).removeprefix("torch.") for slot in self.slots):
+                raise RuntimeError(
+                    f"zcompile: torch.autocast({device!r}, {wanted}) is on, but weights are gathered in "
+                    f"{self.plan.compute}: twice the bytes, cast after the gather. Wrap with compute_dtype={wanted} and drop the autocast."
+                )
+
+    # -- staleness -------------------------------------------------------------------------------------------------------------
+
+    def mark_written(self) -> None:
+        """The masters were written in a way torch does not count (`p.data`, another library): refresh every copy before the next forward."""
+        for unit in self.units:
+            unit.seen = -1
+        self._written += 1
+
+    def _check_written(self) -> None:
+        """Option checks=True: a write that moved no version counter is found by the masters' checksums, and is an error."""
+        if not self.options.checks:
+            return
+        for unit in self.units:
+            now = unit.master.view(torch.int32).sum(dtype=torch.int64)
+            if (
+                not unit.stale
+                and unit.cached
+                and unit in self._checksums
+                and not torch.equal(now, self._checksums[unit])
+            ):
+                names = ", ".join(slot.name for slot in unit.slots)
+                raise RuntimeError(
+                    f"zcompile: the masters of {names} changed without torch seeing it (a write through `.data`?): the compute copies "
+                    "are stale. Call zcompile.mark_written(model) after such a write."
+                )
+            self._checksums[unit] = now
+
+    def versions(self) -> list[int]:
+        return [unit.version + (self._written << 32) for unit in self.units]
+
+    # -- user's controls -------------------------------------------------------------------------------------------------------
+
+    def drop_accumulated(self) -> None:
+        """Forget what micro-batches have added up since the last sync (`model.zero_grad()`)."""
+        self.window.closed = True
+        self.window = Window()
+
+    def agree_on(self, program: Any) -> None:
+        """Before a compiled graph runs: every rank is about to run one with the same ordered collective list."""
+        rows = self.runtime.agreement.exchange([program.identity])
+        if all(row[0] == program.identity for row in rows):
+            return
+        self.runtime.agreement.compare(
+            f"collectives of {program.name}", [f"{e.transfer} {e.op} over {e.level}, {e.dtype}, {e.bytes} bytes, of {', '.join(e.parameters)}" for e in program.collectives]
+        )  # fmt: skip
+        raise RuntimeError(f"zcompile: the ranks run different graphs ({program.name}), but their lists read the same")
+
+    def main_grad(self, slot: Slot) -> Tensor:
+        """The slot's main grad [E_o / E_g * shard] fp32 in this window, made on first use."""
+        if slot not in self.window.mains:
+            width = slot.spec.layout.width(slot.spec.g)
+            self.window.mains[slot] = torch.zeros(width, dtype=MASTER, device=slot.unit.master.device)
+        return self.window.mains[slot]
+
+    def memory(self) -> dict[str, int]:
+        """Model-state bytes on this rank by owner, optimizer state excluded."""
+        return {
+            "master": sum(u.master.numel() * u.master.itemsize for u in self.units),
+            "copy": sum(u.copy.numel() * u.copy.itemsize for u in self.units if u.cached),
+            "main": sum(m.numel() * m.itemsize for m in self.window.mains.values()),
+        }
+
+
+class _Call:
+    """One forward and the backward that belongs to it."""
+
+    def __init__(self, engine: Engine, phase: str):
+        self.engine = engine
+        self.phase = phase
+        self.window = engine.window
+        self.versions = engine.versions()
+        self.reads: dict[Slot, Any] = {}
+        """Eager reads by slot: see zcompile.eager."""
+        self.wholes: dict[int, Any] = {}
+        """Storages of whole weights that eager reads made."""
+        self.started = False
+
+    def open(self) -> None:
+        """Give every slot its leaf and main grad for this forward."""
+        engine = self.engine
+        training = [slot for slot in engine.slots if slot.master.requires_grad] if self.phase != NONE else []
+        for slot in engine.slots:
+            slot.leaf = slot.token = _padded(slot)
+            slot.main = None
+        if not training:
+            return
+        if self.phase in (ACCUMULATE, SYNC):
+            for slot in training:
+                slot.main = engine.main_grad(slot)
+        leaves = Unwrap.apply(self, training, *(slot.master for slot in training))
+        for slot, leaf in zip(training, leaves, strict=True):
+            slot.leaf = slot.token = leaf
+
+    def watch(self, output: Any) -> None:
+        """Run `start` when the backward of this forward begins."""
+        leaves, _ = torch.utils._pytree.tree_flatten(output)
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
+                leaf.register_hook(lambda _: self.start())
+
+    def start(self) -> None:
+        """A backward re-gathers weights: refuse if they are no longer those of its forward."""
+        if self.started:
+            return
+        self.started = True
+        self.engine.traffic.start(evaluation=False)
+        for unit, then, now in zip(self.engine.units, self.versions, self.engine.versions(), strict=True):
+            if then != now:
+                raise RuntimeError(
+                    f"zcompile: parameters ({', '.join(s.name for s in unit.slots[:3])}, ...) were modified between a forward and its "
+                    "backward, which gathers them again: the gradients would be of other weights. Run the backward before the write."
+                )
+
+    def finish(self, training: list[Slot], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """All gradients of this backward are in: sync what earlier micro-batches left behind, close the window."""
+        self.start()
+        self.started = False  # a second backward over a retained graph is checked again
+        out = self._flush_reads(training, list(grads))
+        if self.phase == ACCUMULATE:
+            self.window.touched.update(slot for slot, grad in zip(training, out, strict=True) if grad is not None)
+            out = [None] * len(out)
+        late = self.phase == ACCUMULATE and self.window.closed
+        if self.phase == SYNC or late:
+            left = [
+                slot for slot, grad in zip(training, out, strict=True) if grad is None and slot in self.window.touched
+            ]
+            mask = self._union(training, left)
+            for i, slot in enumerate(training):
+                if mask[i] and out[i] is None:
+                    out[i] = self._sync_main(slot)
+            self.window.touched.clear()
+            self.window.closed = True
+            if self.engine.window is self.window:
+                self.engine.window = Window()
+        self.engine.traffic.stop(step=self.phase != ACCUMULATE)
+        return out
+
+    def _flush_reads(self, training: list[Slot], out: list[Tensor | None]) -> list[Tensor | None]:
+        """Eager reads some of whose gradients never came: reduce what did come."""
+        from zcompile.eager import flush
+
+        for i, slot in enumerate(training):
+            found = flush(self, slot)
+            if found is not None:
+                before = out[i]
+                out[i] = found if before is None else before + found
+        return out
+
+    def _union(self, training: list[Slot], left: list[Slot]) -> list[bool]:
+        chosen = set(left)
+        words = []
+        for start in range(0, len(training), 62):
+            words.append(sum(1 << i for i, slot in enumerate(training[start : start + 62]) if slot in chosen))
+        rows = self.engine.runtime.agreement.exchange(words)
+        union = [0] * len(words)
+        for row in rows:
+            union = [a | b for a, b in zip(union, row, strict=True)]
+        return [bool(union[i // 62] >> (i % 62) & 1) for i in range(len(training))]
+
+    def _sync_main(self, slot: Slot) -> Tensor:
+        main = self.window.mains[slot]
+        total = main.clone()
+        main.zero_()
+        self.engine.traffic.op("sync", slot.spec)
+        return transfers.sync(total, [slot.spec]).reshape(-1)
+
+
+class Unwrap(torch.autograd.Function):
+    """Master DTensors -> padded local leaves, and back: what the model's autograd sees of the masters.
+
+    One node for all parameters: its backward runs when the backward has handed over every gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, training: list[Slot], *masters: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.training = call, training
+        if call.phase == ACCUMULATE:
+            return tuple(slot.unit.master.new_empty(0) for slot in training)
+        return tuple(_padded(slot) for slot in training)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        call, training = ctx.call, ctx.training
+        coordinates = call.engine.coordinates
+        out = [
+            None if grad is None else wrap_local(slot.local(grad.reshape(-1), coordinates), slot.master)
+            for slot, grad in zip(training, call.finish(training, grads), strict=True)
+        ]
+        return (None, None, *out)
+
+
+def _padded(slot: Slot) -> Tensor:
+    """This rank's padded shard of the master: a view of the unit's buffer."""
+    return slot.unit.master.narrow(0, slot.spec.offset, slot.spec.layout.shard).detach()

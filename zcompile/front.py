@@ -1,0 +1,166 @@
+"""The front end: reading `module.weight` inside a forward yields the whole weight.
+
+Each module that owns parameters gets a subclass of its class with one property per parameter. Outside a forward the property is the
+master DTensor; inside, `zcompile::gather` when Dynamo traces, the same transfer at once when nothing does. Subclasses are made once
+per (class, parameter names), never per instance, or equal blocks would compile once each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zcompile import eager
+from zcompile._torch_compat import never_compile_alone, outer_backend
+from zcompile.engine import READING, Engine
+from zcompile.ops import ACCUMULATE
+from zcompile.params import Slot, wrap_plain
+
+_NO_COPY = (
+    "zcompile: a wrapped model cannot be {}: its masters live on all ranks. Use zcompile.full_state_dict(model) or model.state_dict(); "
+    "for an EMA keep {{name: p.detach().clone() for name, p in model.named_parameters()}}."
+)
+
+
+def _weight(name: str) -> property:
+    def get(self: Any) -> Tensor:
+        slot: Slot = self._zc_slots[name]
+        if READING.engine != slot.engine:
+            return self._parameters[name]
+        if torch.compiler.is_compiling():
+            leaf = slot.token if READING.phase == ACCUMULATE else slot.leaf
+            return torch.ops.zcompile.gather(leaf, slot.unit.copy, slot.main, slot.text, READING.phase)
+        return eager.read(slot)
+
+    return property(never_compile_alone(get))
+
+
+def _flat_weights(self: nn.RNNBase) -> list[Tensor]:
+    """RNNs keep a list of their parameters made at construction: read them anew."""
+    return [getattr(self, name) for name in self._flat_weights_names]
+
+
+@functools.cache
+def _subclass(cls: type[nn.Module], names: tuple[str, ...], root: bool) -> type[nn.Module]:
+    body: dict[str, Any] = {name: _weight(name) for name in names}
+    body.update(__qualname__=cls.__qualname__, __module__=cls.__module__, __doc__=cls.__doc__)
+    if issubclass(cls, nn.RNNBase):
+        body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
+    bases: tuple[type, ...] = (Root, cls) if root else (cls,)
+    return type(cls)(cls.__name__, bases, body)
+
+
+class Root:
+    """What the wrapped model itself can do beside being a module."""
+
+    _zc_engine: Engine
+
+    @property
+    def zero(self) -> Engine:
+        """The engine: plan, units, traffic."""
+        return self._zc_engine
+
+    @torch.compiler.disable(recursive=False)  # our work stays out of the graph; the model's forward is compiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        engine = self._zc_engine
+        if READING.engine == engine.key:  # a forward that calls the model again reads the same weights
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if engine.cast_inputs is not None:
+            args, kwargs = _cast((args, kwargs), engine.cast_inputs)
+        token = engine.begin()
+        try:
+            output = self._zc_run(args, kwargs)
+        except BaseException:
+            engine.abandon(token)
+            raise
+        return engine.end(token, output)
+
+    def _zc_run(self, args: Any, kwargs: Any) -> Any:
+        engine = self._zc_engine
+        own = engine.compiled
+        outer = outer_backend()
+        if own is not None and not getattr(outer, "is_hierarchical_zero", False):
+            return own(*args, **kwargs)
+        if own is None and outer is None:
+            with eager.keep_wholes_out(engine):
+                return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def set_requires_gradient_sync(self, value: bool) -> None:
+        """Whether the backward of the forwards from now on is a synchronising one.
+
+        With False gradients are still reduced up to the plan's gradient level and added up there; only the hops beyond are saved
+        for the last micro-batch. (FSDP2's False stops all communication and keeps whole gradients.)
+        """
+        if not isinstance(value, bool):
+            raise TypeError(f"set_requires_gradient_sync({value!r}): must be True or False")
+        self._zc_engine.synchronising = value
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Forwards inside accumulate; their backwards may run outside: the phase is fixed at forward."""
+        engine = self._zc_engine
+        before, engine.synchronising = engine.synchronising, False
+        try:
+            yield
+        finally:
+            engine.synchronising = before
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As nn.Module's, and forgets what micro-batches under `no_sync` have added up."""
+        super().zero_grad(set_to_none)  # type: ignore[misc]
+        self._zc_engine.drop_accumulated()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError(_NO_COPY.format("deep-copied"))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(_NO_COPY.format("pickled"))
+
+
+def whole_call(model: nn.Module) -> Callable[..., Any]:
+    """The function that a model which compiles itself compiles: hooks and forward, in a code object of its own, so that the limits
+    and caches that Dynamo keeps per code object are this model's alone."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return nn.Module.__call__(model, *args, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, "call", call.__defaults__, call.__closure__)
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
+
+
+def install(model: nn.Module, engine: Engine) -> None:
+    """Swap the classes of `model` and its modules in place, and let `load_state_dict` take plain tensors."""
+    by_module: dict[nn.Module, dict[str, Slot]] = {}
+    for slot in engine.slots:
+        for module, attribute in slot.owners:
+            by_module.setdefault(module, {})[attribute] = slot
+    for module, slots in by_module.items():
+        object.__setattr__(module, "_zc_slots", slots)
+        if module is not model:
+            module.__class__ = _subclass(type(module), tuple(slots), False)
+        module.register_load_state_dict_pre_hook(functools.partial(_accept_plain, engine))
+    object.__setattr__(model, "_zc_engine", engine)
+    model.__class__ = _subclass(type(model), tuple(by_module.get(model, {})), True)
+
+
+def _accept_plain(engine: Engine, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before a module loads: plain tensors become the shards that this rank owns. No communication."""
+    slots: dict[str, Slot] = module._zc_slots
+    for attribute, slot in slots.items():
+        value = state.get(prefix + attribute)
+        if (
+            isinstance(value, Tensor)
+            and type(value) in (Tensor, nn.Parameter)
+            and tuple(value.shape) == slot.spec.shape
+        ):
+            state[prefix + attribute] = wrap_plain(slot, value.detach(), engine.coordinates)

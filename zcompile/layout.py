@@ -1,0 +1,206 @@
+"""Shard and padding arithmetic: where each row of a parameter lies, at every placement. Pure functions, no torch.
+
+One parameter of R rows is cut over the levels 1..o of its optimizer placement exactly as a DTensor with `Shard(0)` on each
+of them is (nested `torch.chunk`, fastest level first), so the pair coordinate is the most significant digit of the shard index
+
+    index = sum_j c_j E_o / E_j          (j = 1..o)
+
+Shards are padded to one size, `shard` elements, so that every hop moves equal, contiguous pieces:
+
+    whole   = [E_o, shard]               index-major: the order of the rows, with holes where a shard is short
+    at k    = [E_o / E_k, shard]         what a rank holds at placement k <= o
+    at o    = [shard]                    = [replicas, piece]
+
+`replicas` = E_m / E_o ranks hold the same shard; a sync goes on over them in `piece`s, so `shard` is a multiple of `replicas`.
+Several parameters travel together by standing side by side on the last axis: no copy between hops, one unpack after the last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+
+def extents(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """E_0..E_m: ranks inside one group of each level, E_0 = 1."""
+    out = [1]
+    for size in sizes:
+        out.append(out[-1] * size)
+    return tuple(out)
+
+
+def chunk(rows: int, parts: int, index: int) -> tuple[int, int]:
+    """(start, length) of chunk `index` as `torch.chunk` cuts `rows` into `parts` (later chunks may be short or empty)."""
+    size = -(-rows // parts)
+    start = min(index * size, rows)
+    return start, min(size, rows - start)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the elements of one parameter are. `sizes` are the level sizes, fastest first; `o` its optimizer placement.
+
+    Attributes:
+        shape: of the plain parameter; dimension 0 is cut, a scalar counts as one row.
+        sizes: level sizes s_1..s_m.
+        o: optimizer placement (0 = whole .. m).
+    """
+
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    o: int
+
+    @cached_property
+    def extents(self) -> tuple[int, ...]:
+        return extents(self.sizes)
+
+    @cached_property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @cached_property
+    def row(self) -> int:
+        """Elements of one row."""
+        return math.prod(self.shape[1:])
+
+    @cached_property
+    def shards(self) -> int:
+        """E_o: how many different shards there are."""
+        return self.extents[self.o]
+
+    @cached_property
+    def replicas(self) -> int:
+        """E_m / E_o: how many ranks hold the same shard."""
+        return self.extents[-1] // self.shards
+
+    @cached_property
+    def shard_rows(self) -> int:
+        """Rows of the longest shard: ceil(R / E_o)."""
+        return -(-self.rows // self.shards)
+
+    @cached_property
+    def piece(self) -> int:
+        """Elements of a shard that one of its replicas sums in a sync."""
+        return -(-self.shard_rows * self.row // self.replicas)
+
+    @cached_property
+    def shard(self) -> int:
+        """Elements of a padded shard: a multiple of `replicas`."""
+        return self.piece * self.replicas
+
+    def width(self, placement: int) -> int:
+        """Elements (padding included) that a rank holds at `placement` <= o."""
+        return self.shard * (self.shards // self.extents[placement])
+
+    @cached_property
+    def _ranges(self) -> tuple[tuple[int, int], ...]:
+        """(first row, rows) of every shard in index order: nested chunks, the fastest level first."""
+        found = [(0, self.rows)]
+        for size in self.sizes[: self.o]:
+            found = [
+                (start + inner, length)
+                for start, rows in found
+                for inner, length in (chunk(rows, size, j) for j in range(size))
+            ]
+        return tuple(found)
+
+    def index(self, coordinates: tuple[int, ...]) -> int:
+        """Shard index of the rank at `coordinates` (c_1..c_m): the coordinates beyond o do not matter."""
+        index = 0
+        for size, c in zip(self.sizes[: self.o], coordinates, strict=False):
+            index = index * size + c
+        return index
+
+    def local_rows(self, coordinates: tuple[int, ...]) -> tuple[int, int]:
+        """(first row, rows) that the rank at `coordinates` owns; rows may be 0 at the tail of an uneven cut."""
+        return self._ranges[self.index(coordinates)]
+
+    @cached_property
+    def dense(self) -> bool:
+        """True if the padded whole has no holes: the whole parameter is then a view of it."""
+        return self.shards * self.shard == self.numel
+
+    @cached_property
+    def segments(self) -> tuple[tuple[int, int, int], ...]:
+        """(first element, first element in the padded whole, elements): neighbours in both are merged; static, equal on all ranks."""
+        merged: list[tuple[int, int, int]] = []
+        for index, (start, rows) in enumerate(self._ranges):
+            source, target, length = start * self.row, index * self.shard, rows * self.row
+            if not length:
+                continue
+            if merged:
+                first, padded, before = merged[-1]
+                if first + before == source and padded + before == target:
+                    merged[-1] = (first, padded, before + length)
+                    continue
+            merged.append((source, target, length))
+        return tuple(merged)
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """All that the graph needs to know of one parameter; travels in the graph as text, so every compile key has it.
+
+    Attributes:
+        name: the first of its names in the model.
+        shape, sizes, w, g, o: shape, level sizes, placements (0 = whole .. m).
+        levels: level names, fastest first.
+        topology: key of the topology, part of every role name.
+        compute: torch dtype name of the whole weight ("float32", "bfloat16").
+        gather, reduce, sync, back: torch dtype name of the wire, one per level.
+        unit: which unit's buffers hold it; `offset` and `unit_shard` say where: columns [offset, offset + shard) of unit_shard.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
+    levels: tuple[str, ...]
+    topology: str
+    w: int
+    g: int
+    o: int
+    compute: str
+    gather: tuple[str, ...]
+    reduce: tuple[str, ...]
+    sync: tuple[str, ...]
+    back: tuple[str, ...]
+    unit: str
+    offset: int
+    unit_shard: int
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout(self.shape, self.sizes, self.o)
+
+    @cached_property
+    def text(self) -> str:
+        """The argument of the semantic ops; `ParamSpec.parse` is its inverse."""
+        return json.dumps([getattr(self, f) for f in self.__dataclass_fields__], separators=(",", ":"))
+
+    @staticmethod
+    @cache
+    def parse(text: str) -> ParamSpec:
+        values = [tuple(v) if isinstance(v, list) else v for v in json.loads(text)]
+        return ParamSpec(*values)
+
+    def role(self, level: int, transfer: str) -> str:
+        """Name under which every rank registered its own group of `level` (1..m) for `transfer`."""
+        return role_name(self.topology, self.levels[level - 1], transfer)
+
+    @cached_property
+    def chain(self) -> tuple[object, ...]:
+        """Parameters with equal chains can share messages: same placements, formats and levels."""
+        return (self.topology, self.w, self.g, self.o, self.compute, self.gather, self.reduce, self.sync, self.back)
+
+
+TRANSFERS = ("gather", "reduce", "sync", "refresh", "back")
+
+
+def role_name(topology: str, level: str, transfer: str) -> str:
+    return f"zc.{topology}.{level}.{transfer}"

@@ -1,0 +1,71 @@
+"""What can be said beside topology and plan; the same keys in the decorator and in `torch.compile(..., options=)`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked when made; an unknown key is an error that lists these.
+
+    Attributes:
+        codegen: generate code with Inductor. False runs the same backend and passes and executes the lowered graph node by node.
+        dump: folder for the program before and after each pass (also the environment variable ZCOMPILE_DUMP); "" is none.
+        timeout: seconds a rank waits for another at set-up and at an agreement before it raises.
+        compile_timeout: seconds a rank waits for another that generates code.
+        sync_init: take rank 0's initial values on every rank instead of requiring that they are equal.
+        checks: compare checksums of the masters before each forward, to find writes that torch does not see.
+        fullgraph, dynamic: as in torch.compile, for a model that compiles itself.
+    """
+
+    codegen: bool = True
+    dump: str = ""
+    timeout: float = 600.0
+    compile_timeout: float = 3600.0
+    sync_init: bool = False
+    checks: bool = False
+    fullgraph: bool = False
+    dynamic: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("codegen", "sync_init", "checks", "fullgraph"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"option {name}={getattr(self, name)!r}: must be True or False")
+        if self.dynamic not in (None, True, False):
+            raise ValueError(f"option dynamic={self.dynamic!r}: must be None, True or False")
+        for name in ("timeout", "compile_timeout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"option {name}={value!r}: must be a positive number of seconds")
+        if not isinstance(self.dump, (str, os.PathLike)):
+            raise ValueError(f"option dump={self.dump!r}: must be the path of a folder")
+
+    @property
+    def dump_folder(self) -> str:
+        return os.fspath(self.dump) or os.environ.get("ZCOMPILE_DUMP", "")
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Options:
+        return cls()._with(given)
+
+    def merged(self, given: Mapping[str, Any] | None) -> Options:
+        """These options with those of a `torch.compile(..., options=)` in their place."""
+        return self._with(given or {})
+
+    def _with(self, given: Mapping[str, Any]) -> Options:
+        known = [field.name for field in fields(self)]
+        for key in given:
+            if key in ("plan", "topology", "compute_dtype", "compile"):
+                raise ValueError(
+                    f"option {key!r}: belongs to hierarchical_zero(model, {key}=...); it is fixed when the model is wrapped"
+                )
+            if key not in known:
+                close = get_close_matches(key, known, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(f"unknown option {key!r}{hint}; valid: {', '.join(known)}")
+        return replace(self, **given)

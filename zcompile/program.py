@@ -1,0 +1,53 @@
+"""A compiled graph and what is known of it: its ordered collective list, its bytes, its parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from zcompile.cost import Bytes
+from zcompile.passes.nodes import Collective
+
+if TYPE_CHECKING:
+    from zcompile.engine import Engine
+
+
+class Program:
+    """Called like the code generator's result; before it runs, the ranks agree that they run equal collective lists.
+
+    Attributes:
+        name: "forward 0", "backward 0", ... in the order of compiling.
+        collectives: the ordered list; `identity` is a number that is equal where the lists are.
+        predicted, compiled: bytes one rank receives when it runs, by closed form and from the graph.
+    """
+
+    def __init__(self, name: str, stage: str, engine: Engine, code: Callable[..., Any], collectives: list[Collective], predicted: Bytes,
+                 compiled: Bytes):  # fmt: skip
+        self.name, self.stage = name, stage
+        self._engine = weakref.ref(engine)
+        self._code = code
+        self.collectives = collectives
+        self.predicted, self.compiled = predicted, compiled
+        text = json.dumps([entry.identity for entry in collectives])
+        self.identity = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        self.runs = 0
+
+    def entry(self) -> Callable[[list[Any]], Any]:
+        """The function to hand to AOTAutograd: called with a list of inputs, which it empties."""
+
+        def run(inputs: list[Any]) -> Any:
+            return self(inputs)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def __call__(self, inputs: list[Any]) -> Any:
+        engine = self._engine()
+        assert engine is not None
+        engine.agree_on(self)
+        self.runs += 1
+        engine.traffic.program(self)
+        return self._code(inputs)

@@ -1,0 +1,113 @@
+"""The ledger's books: what a step should have received, what its graphs say, what the process groups saw.
+
+Three columns from three sources: *predicted* adds the closed form of every semantic op that ran, *compiled* the sizes of the
+collective nodes in the graphs that ran, *counted* what the process groups were asked to do. They must agree exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from zcompile import cost, transfers
+from zcompile.cost import Bytes
+from zcompile.layout import ParamSpec
+from zcompile.params import Unit
+
+if TYPE_CHECKING:
+    from zcompile.engine import Engine
+
+COLUMNS = ("predicted", "compiled", "counted")
+
+
+@dataclass
+class Tally:
+    """Bytes one rank received, per column and (level, transfer); `forwards` and `backwards` that were added up."""
+
+    predicted: Bytes = field(default_factory=dict)
+    compiled: Bytes = field(default_factory=dict)
+    counted: Bytes = field(default_factory=dict)
+
+
+class Traffic:
+    """Adds up the step in progress (everything since the last synchronising backward) and keeps the last whole one.
+
+    Forwards without gradient are tallied apart (`evaluation`), but a refresh that one of them sets off belongs to the step.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self.step = Tally()
+        self.last: Tally | None = None
+        self.evaluation = Tally()
+        self._active = self.step
+        self._mark: Bytes = {}
+
+    def start(self, evaluation: bool) -> None:
+        """A forward or a backward begins."""
+        self._settle()
+        self._active = self.evaluation if evaluation else self.step
+
+    def stop(self, step: bool = False) -> None:
+        """It has ended; `step`: and with it the step."""
+        self._settle()
+        self._active = self.step
+        if step:
+            self.last, self.step = self.step, Tally()
+            self._active = self.step
+
+    def op(self, transfer: str, spec: ParamSpec) -> None:
+        """An eager transfer of one parameter: what it asks of the groups is its closed form."""
+        amount = cost.transfer_bytes(spec, transfer)
+        cost.add(self._active.predicted, amount)
+        cost.add(self._active.compiled, amount)
+
+    def refreshed(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            for spec in unit.specs:
+                cost.add(self.step.predicted, cost.refresh_bytes(spec, unit.refresh))
+            n = unit.master.numel()
+            for level in unit.refresh_hops():
+                size = unit.first.sizes[level - 1]
+                itemsize = transfers.dtype(unit.refresh[level - 1]).itemsize
+                cost.add(self.step.compiled, {(unit.first.levels[level - 1], "refresh"): (size - 1) * n * itemsize})
+                n *= size
+
+    def program(self, program: Any) -> None:
+        """A compiled graph runs."""
+        cost.add(self._active.predicted, program.predicted)
+        cost.add(self._active.compiled, program.compiled)
+
+    def _settle(self) -> None:
+        now = {key: bytes_ for key, (_, bytes_) in self._engine.runtime.snapshot().items()}
+        for (level, transfer), bytes_ in now.items():
+            delta = bytes_ - self._mark.get((level, transfer), 0)
+            if delta:
+                tally = self.step if transfer == "refresh" else self._active
+                cost.add(tally.counted, {(level, "sync" if transfer == "back" else transfer): delta})
+        self._mark = now
+
+
+def report(engine: Engine) -> dict[str, Any]:
+    """`zcompile.ledger(model)`: the last whole step's bytes, {"levels": {level: {transfer: {column: bytes}}}}; zero rows included."""
+    tally = engine.traffic.last or Tally()
+    levels = {
+        level: {
+            transfer: {column: getattr(tally, column).get((level, transfer), 0) for column in COLUMNS}
+            for transfer in cost.LEDGER_TRANSFERS
+        }
+        for level in engine.plan.topology.names
+    }
+    padding = {level: 0 for level in engine.plan.topology.names}
+    for unit in engine.units:
+        for spec in unit.specs:
+            for transfer in ("gather", "reduce", "sync"):
+                for level, wire in cost.transfer_levels(spec, transfer):
+                    padding[spec.levels[level - 1]] += cost.padding_bytes(spec.layout, level, cost.ITEMSIZE[wire])
+    return {
+        "levels": levels,
+        "padding_of_one_transfer_each": padding,
+        "memory": engine.memory(),
+        "plan": engine.plan.plan.name,
+    }
