@@ -173,7 +173,7 @@ def _check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> dict[st
 def _refuse_optimizers(model: nn.Module) -> None:
     ours = {id(p) for p in model.parameters()}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.optim.Optimizer):
+        if issubclass(type(thing), torch.optim.Optimizer):  # isinstance would follow a weak proxy, and raise where it is dead
             for group in thing.param_groups:
                 if any(id(p) in ours for p in group["params"]):
                     raise ValueError(

@@ -25,12 +25,12 @@ def dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _gather_hop(x: Tensor, spec: ParamSpec, level: int, transfer: str) -> Tensor:
-    """[n] -> [s_level * n], group-major; communicates unless the level has size 1."""
+def _gather_hop(x: Tensor, wire: str, spec: ParamSpec, level: int, transfer: str) -> Tensor:
+    """[n] -> [s_level * n] in the wire dtype, group-major; a level of size 1 has no hop and no cast."""
     size = spec.sizes[level - 1]
     if size == 1 or x.numel() == 0:
         return x
-    return _c10d.wait_tensor(_c10d.all_gather_into_tensor(x, size, spec.role(level, transfer)))
+    return _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.to(dtype(wire)), size, spec.role(level, transfer)))
 
 
 def _reduce_hop(x: Tensor, wire: str, spec: ParamSpec, level: int, transfer: str) -> Tensor:
@@ -56,7 +56,7 @@ def gather(columns: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
     first = specs[0]
     x = columns.reshape(-1)
     for level in range(first.w, 0, -1):
-        x = _gather_hop(x.to(dtype(first.gather[level - 1])), first, level, "gather")
+        x = _gather_hop(x, first.gather[level - 1], first, level, "gather")
     shards = first.layout.shards
     x = x.view(shards, -1)
     if len(specs) == 1:
@@ -90,7 +90,7 @@ def sync(x: Tensor, specs: Sequence[ParamSpec]) -> Tensor:
     levels = len(first.sizes)
     x = _reduce(x, first, range(first.g + 1, levels + 1), "sync")
     for level in range(levels, first.o, -1):
-        x = _gather_hop(x.to(dtype(first.back[level - 1])), first, level, "back").to(torch.float32)
+        x = _gather_hop(x, first.back[level - 1], first, level, "back").to(torch.float32)
     world = first.layout.extents[-1]
     if world > 1:
         x = x / world
@@ -117,7 +117,9 @@ def join(parts: Sequence[Tensor], specs: Sequence[ParamSpec]) -> Tensor:
     """Flat per-parameter tensors at G -> the bucket's flat tensor at G (for a sync that does not follow its own reduce)."""
     if len(parts) == 1:
         return parts[0].reshape(-1)
-    views = [p.view(-1, spec.layout.replicas, spec.layout.piece) for p, spec in zip(parts, specs, strict=True)]
+    first = specs[0]
+    shape = (first.layout.shards // first.layout.extents[first.g], first.layout.replicas)
+    views = [p.view(*shape, spec.layout.piece) for p, spec in zip(parts, specs, strict=True)]
     return torch.cat(views, dim=2).reshape(-1)
 
 
@@ -126,7 +128,7 @@ def split(x: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
     if len(specs) == 1:
         return [x.reshape(-1)]
     total = sum(spec.layout.piece for spec in specs)
-    pieces = x.view(-1, total).split([spec.layout.piece for spec in specs], dim=1)
+    pieces = x.view(x.numel() // max(total, 1), total).split([spec.layout.piece for spec in specs], dim=1)
     return [p.reshape(-1) for p in pieces]
 
 
@@ -162,7 +164,7 @@ def _pad(flat: Tensor, layout: Layout) -> Tensor:
 def columns(copy: Tensor, specs: Sequence[ParamSpec]) -> Tensor:
     """The columns of `specs` out of their unit's copy [E_o / E_w, unit_shard]; the whole copy if `specs` is the whole unit."""
     first = specs[0]
-    rows = copy.view(-1, first.unit_shard)
+    rows = copy.view(first.layout.shards // first.layout.extents[first.w], first.unit_shard)
     runs: list[list[int]] = []
     for spec in specs:
         if runs and runs[-1][1] == spec.offset:
