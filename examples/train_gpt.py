@@ -188,7 +188,7 @@ def setup(arguments: argparse.Namespace) -> Run:
     torch.manual_seed(arguments.seed)
     with device:
         plain = GPT(shape)
-    model = zcompile.hierarchical_zero(
+    model: Any = zcompile.hierarchical_zero(
         plain,
         topology=arguments.topology,
         plan=arguments.plan,

@@ -22,7 +22,7 @@ from zcompile.layout import ParamSpec
 from zcompile.ops import needs_wait
 from zcompile.passes.bucket import KEY
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import COLLECTIVES, GATHER, REDUCE, SEMANTIC, find, spec_of
+from zcompile.passes.nodes import COLLECTIVES, GATHER, REDUCE, SEMANTIC, WHOLE, find, spec_of
 
 NAME = "lower"
 _INHERITED = (
@@ -49,6 +49,7 @@ def run(gm: GraphModule, context: Context) -> None:
         else:
             lowering.sync(group)
     lowering.erase()
+    context.note(f"{len(buckets)} messages became {len(find(gm.graph, *COLLECTIVES))} collectives")
 
 
 def check(gm: GraphModule, context: Context) -> None:
@@ -80,7 +81,10 @@ class _Lowering:
             wholes = transfers.gather(transfers.columns(copy, specs), specs)
             return [whole.clone() for whole in wholes] if copies else wholes  # an output may not be a view of a copy
 
-        self._replace(group, self._insert(gather, ("gather", wait, copies), [group[0].args[1]], specs, group[0]))
+        wholes = self._insert(gather, ("gather", wait, copies), [group[0].args[1]], specs, group[0])
+        for node in wholes:
+            node.meta[WHOLE] = True
+        self._replace(group, wholes)
 
     def reduce(self, group: list[Node]) -> None:
         specs = [spec_of(node) for node in group]

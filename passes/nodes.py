@@ -24,6 +24,8 @@ ALL_GATHER = _c10d.all_gather_into_tensor.default
 ALL_TO_ALL = _c10d.all_to_all_single.default
 WAIT = _c10d.wait_tensor.default
 COLLECTIVES = (ALL_GATHER, ALL_TO_ALL)
+WHOLE = "zc_whole"
+"""meta key of a node that is a gathered weight: its unpack may be a copy, which no view leads to."""
 
 VIEWS_AND_CASTS = {
     aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten._unsafe_view.default,
@@ -61,7 +63,11 @@ def derived(sources: Iterable[Node]) -> set[Node]:
 
 @dataclass(frozen=True)
 class Collective:
-    """One entry of a graph's ordered collective list: equal on all ranks. `bytes` are those that one rank receives."""
+    """One entry of a graph's ordered collective list: equal on all ranks. `bytes` are those that one rank receives.
+
+    The parameters are part of it: two gathers of equal size that stand in another order on one rank would else pass for equal lists, and
+    each rank would take one weight for the other.
+    """
 
     level: str
     transfer: str
@@ -72,7 +78,7 @@ class Collective:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        return (self.level, self.transfer, self.op, self.dtype, self.bytes)
+        return (self.level, self.transfer, self.op, self.dtype, self.bytes, self.parameters)
 
 
 def collective_of(node: Node) -> Collective:

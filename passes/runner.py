@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from zcompile.passes.context import Context
 
 Observer = Callable[[GraphModule, Context, str], None]
-"""Called with the graph before the first pass (name "input") and after each."""
+"""Called with the graph before the first pass (name "input"), after each, and after one that failed ("lower.failed"). Must not raise."""
 
 
 class PassError(RuntimeError):
@@ -29,6 +29,8 @@ def run(gm: GraphModule, passes: Sequence[ModuleType], context: Context, observe
             module.check(gm, context)
             gm.graph.lint()
         except Exception as error:
+            if observer:
+                observer(gm, context, f"{module.NAME}.failed")
             raise PassError(f"zcompile: pass `{module.NAME}` on {context.name} ({context.stage}): {error}") from error
         context.seconds[module.NAME] = time.perf_counter() - begin
         if observer:

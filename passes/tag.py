@@ -28,6 +28,7 @@ def run(gm: GraphModule, context: Context) -> None:
     for node in derived(gathers):
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         node.meta["ac_graph_id"] = GRAPH_ID
+    context.note(f"{len(gathers)} gathers are done again in backward")
     for node in gathers:
         for buffer in node.args[1:3]:
             if isinstance(buffer, Node):

@@ -28,6 +28,8 @@ from torch._C._distributed_c10d import (  # read from torch 2.13
     _resolve_process_group,
     _unregister_process_group,
 )
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.decorators import skip, skip_code
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import (
@@ -163,10 +165,9 @@ def register_future(tensor: Tensor, future: torch.futures.Future[Tensor]) -> Non
     _register_work(tensor, _create_work_from_future(future))
 
 
+@skip
 def outer_backend() -> Any | None:
     """The backend of the torch.compile context in which the caller runs, or None (2.13: eval_frame's callback chain)."""
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback
-
     callback: Any = get_eval_frame_callback()
     if callback is None or callback is False:
         return None
@@ -180,10 +181,21 @@ def outer_backend() -> Any | None:
     return getattr(callback, "compiler_fn", callback)
 
 
+def many_graphs() -> contextlib.AbstractContextManager[None]:
+    """Room for a graph per phase, gradient mode and shape; beyond it an error, never a silent fall-back to eager (2.13: _dynamo.config)."""
+    from torch._dynamo import config
+
+    patch: Any = config.patch(recompile_limit=64, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True)
+    return patch
+
+
+def keep_out_of_graphs(function: Any) -> Any:
+    """Dynamo neither compiles `function`'s frame nor inlines it; what it calls is compiled as usual (2.13: _dynamo.decorators.skip)."""
+    return skip(function)
+
+
 def never_compile_alone(function: Any) -> Any:
     """Dynamo inlines `function` into what it traces, but never starts a graph at it (2.13: eval_frame's skip_code)."""
-    from torch._dynamo.decorators import skip_code
-
     skip_code(function.__code__)
     return function
 
@@ -254,5 +266,23 @@ def boxed(gm: Any) -> Any:
 
 
 def generated_code(compiled: Any) -> str:
-    """The source Inductor generated, or '' where it keeps none."""
-    return getattr(compiled, "source_code", "") or ""
+    """The source that Inductor generated or loaded (2.13: CompiledFxGraph.source_code, also on a cache hit).
+
+    Raises:
+        RuntimeError: this torch keeps it elsewhere, so that nobody could check the order of its collectives.
+    """
+    source = getattr(compiled, "source_code", None)
+    if not isinstance(source, str) or not source:
+        raise RuntimeError(
+            f"zcompile: torch {torch.__version__} does not show the generated code of a {type(compiled).__name__}: the order of its "
+            "collectives cannot be checked"
+        )
+    return source
+
+
+def code_cache_misses() -> int:
+    """How many graphs Inductor has generated code for in this process, cache bypasses included (2.13: dynamo's counters)."""
+    from torch._dynamo.utils import counters
+
+    found = counters["inductor"]
+    return int(found["fxgraph_cache_miss"] + found["fxgraph_cache_bypass"])

@@ -11,15 +11,24 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
 
 from zcompile import passes
-from zcompile._torch_compat import GraphPass, aot_cache_off, boxed, compile_fx, compile_fx_inner, generated_code
+from zcompile._torch_compat import (
+    GraphPass,
+    aot_cache_off,
+    boxed,
+    code_cache_misses,
+    compile_fx,
+    compile_fx_inner,
+    generated_code,
+)
 from zcompile.engine import Engine, current_engine
 from zcompile.options import Options
 from zcompile.passes import pin, runner
@@ -27,6 +36,11 @@ from zcompile.passes.context import Context
 from zcompile.passes.nodes import COLLECTIVES, collective_of, find
 from zcompile.passes.verify import traffic
 from zcompile.program import Program
+
+if TYPE_CHECKING:
+    from zcompile.debug.dump import Dump
+
+LOG = logging.getLogger("zcompile")
 
 
 def hierarchical_zero_backend(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
@@ -50,7 +64,8 @@ def hierarchical_zero_backend(gm: GraphModule, example_inputs: Sequence[Any], *,
         )
     if unknown:
         raise ValueError(f"zcompile: unknown arguments of the backend 'hierarchical_zero': {', '.join(unknown)}")
-    return Compilation(engine, engine.options.merged(options)).compile(gm, example_inputs)
+    engine.options = engine.options.merged(options)
+    return Compilation(engine, engine.options).compile(gm, example_inputs)
 
 
 hierarchical_zero_backend.is_hierarchical_zero = True  # type: ignore[attr-defined]
@@ -66,7 +81,8 @@ class Compilation:
         self.options = options
         self.number = next(Compilation._numbers)
         self.decompositions: dict[Any, Any] = {}
-        self.observer = self._observer()
+        self.dump = self._dump()
+        self.observer = self.dump.observe if self.dump else None
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         patches: dict[str, Any] = {"joint_custom_post_pass": GraphPass(self.joint, self.engine.plan.key), **pin.PATCHES}
@@ -80,7 +96,10 @@ class Compilation:
 
     def joint(self, gm: GraphModule) -> None:
         """On the joint graph (and on an inference graph, before `half`)."""
-        runner.run(gm, passes.JOINT, self._context("joint"), self.observer)
+        context = self._context("joint")
+        runner.run(gm, passes.JOINT, context, self.observer)
+        if self.dump:
+            self.dump.finish(gm, context)
 
     def half(self, gm: GraphModule, example_inputs: Sequence[Any], **details: Any) -> Callable[[list[Any]], Any]:
         """On the forward, backward or inference graph: what Inductor calls to compile it."""
@@ -93,10 +112,19 @@ class Compilation:
         runner.run(gm, passes.LOWERED, context, self.observer)
         collectives = [collective_of(node) for node in find(gm.graph, *COLLECTIVES)]
         order, compiled = pin.order(gm), traffic(gm)
-        begin = time.perf_counter()
+        begin, misses = time.perf_counter(), code_cache_misses()
         code = self._generate(gm, example_inputs, details, order) if self.options.codegen else boxed(gm)
         program = Program(context.name, stage, self.engine, code, collectives, context.predicted, compiled)
         program.seconds = {**context.seconds, "codegen": time.perf_counter() - begin}
+        if self.options.codegen:
+            program.code = "generated" if code_cache_misses() > misses else "loaded"
+        if self.dump:
+            context.seconds = program.seconds
+            self.dump.finish(gm, context, program.code)
+        taken = program.seconds["codegen"]
+        LOG.info(
+            "%s: %s in %.2f s, passes %.2f s", program.name, program.code, taken, sum(program.seconds.values()) - taken
+        )
         self.engine.programs.append(program)
         return program.entry()
 
@@ -118,21 +146,19 @@ class Compilation:
             return compile_fx_inner(gm, example_inputs, **details)
 
         compiled = self.engine.runtime.generate_once(key, make, make, timeout=self.options.compile_timeout)
-        source = generated_code(compiled)
-        if source:
-            pin.check_code(source, order)
+        pin.check_code(generated_code(compiled), order)
         return compiled
 
     def _context(self, stage: str) -> Context:
         return Context(stage, self.engine.plan, name=f"graph {self.number} {stage}")
 
-    def _observer(self) -> runner.Observer | None:
+    def _dump(self) -> Dump | None:
         folder = self.options.dump_folder
         if not folder:
             return None
         from zcompile.debug.dump import Dump
 
-        return Dump(folder, self.engine.runtime.rank, self.number).observe
+        return Dump(folder, self.engine.runtime.rank, self.number)
 
 
 def default_decompositions() -> dict[Any, Any]:

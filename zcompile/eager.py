@@ -103,12 +103,11 @@ class _Saved:
 
 
 @contextlib.contextmanager
-def keep_wholes_out(engine: Any) -> Iterator[None]:
+def keep_wholes_out(call: Any) -> Iterator[None]:
     """Inside, autograd saves no gathered weight: a note instead, and the backward gathers again.
 
     A saved tensor is recognised by its storage. The weak reference keeps the storage's address from being used again.
     """
-    call = engine.call
 
     def pack(tensor: Tensor) -> Tensor | _Saved:
         found = call.wholes.get(tensor.untyped_storage()._cdata)

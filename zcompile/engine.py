@@ -6,25 +6,30 @@ Everything that happens around the compiled graphs happens here, in plain Python
 Note [Windows]: a window is the micro-batches that one optimizer step adds up. It is opened by the first forward under `no_sync` and
 closed by the first synchronising backward; its main grads live exactly as long. A backward that accumulates into a window that is
 closed already (two forwards whose backwards run in the other order) is synced at once: nothing is lost, one sync more is sent.
+A synchronising forward that came before the window's first one went `direct`, without main grads; if its backward comes after that
+of a later micro-batch (it is `crossing`), it syncs what that one left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zcompile import transfers
-from zcompile._torch_compat import wrap_local
+from zcompile._torch_compat import many_graphs, wrap_local
+from zcompile.eager import flush, keep_wholes_out
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC
 from zcompile.params import MASTER, Slot, Unit, build
 from zcompile.plan import ResolvedPlan
 from zcompile.refresh import Refresher
 from zcompile.runtime import Runtime
 from zcompile.traffic import Traffic
+from zcompile.writes import watch
 
 
 class _Reading:
@@ -55,6 +60,15 @@ class Window:
         self.closed = False
 
 
+class _Before(NamedTuple):
+    """What was being read when a forward began, and the contexts that are open during it."""
+
+    engine: str
+    phase: str
+    call: _Call | None
+    contexts: contextlib.ExitStack
+
+
 class Engine:
     """State of one wrapped model.
 
@@ -78,6 +92,7 @@ class Engine:
         self.coordinates = tuple(runtime.coordinates)
         mesh = runtime.mesh(self.device.type if self.device.type != "meta" else "cpu")
         self.units, self.slots = build(model, plan, mesh, self.coordinates, self.key, compute)
+        watch(self.slots)
         self.by_name = {slot.name: slot for slot in self.slots}
         self.synchronising = True
         self.window = Window()
@@ -87,38 +102,50 @@ class Engine:
         """The model's own compiled forward; None if it is compiled from outside or not at all."""
         self.call: _Call | None = None
         self.programs: list[Any] = []
-        self._written = 0
         self._checksums: dict[Unit, Tensor] = {}
 
     # -- forward ---------------------------------------------------------------------------------------------------------------
 
-    def begin(self) -> tuple[str, str, _Call | None]:
-        """Before a forward: agree with the other ranks, launch stale refreshes, make the leaves, open the weights for reading."""
+    @torch.compiler.disable
+    def begin(self, eager: bool) -> _Before:
+        """Before a forward: agree with the other ranks, launch stale refreshes, make the leaves, open the weights for reading.
+
+        Args:
+            eager: no compiler is at work; whole weights are then kept out of what autograd saves.
+
+        Returns:
+            what `end` or `abandon` puts back.
+        """
         self._check_unchanged()
         phase = self._phase()
         self._check_written()
         stale = self._agree(phase, [unit.stale for unit in self.units])
         self.traffic.start(evaluation=phase == NONE)
-        self.refresher.launch(unit for unit, old in zip(self.units, stale, strict=True) if old)
-        self.traffic.refreshed(unit for unit, old in zip(self.units, stale, strict=True) if old)
+        old = [unit for unit, is_old in zip(self.units, stale, strict=True) if is_old]
+        self.refresher.launch(old)
+        self.traffic.refreshed(old)
         call = _Call(self, phase)
         call.open()
-        token = (READING.engine, READING.phase, self.call)
+        before = _Before(READING.engine, READING.phase, self.call, contextlib.ExitStack())
+        before.contexts.enter_context(keep_wholes_out(call) if eager else many_graphs())
         READING.engine, READING.phase, self.call = self.key, phase, call
-        return token
+        return before
 
-    def end(self, token: tuple[str, str, _Call | None], output: Any) -> Any:
+    @torch.compiler.disable
+    def end(self, before: _Before, output: Any) -> Any:
         """After a forward: close the weights, wait for refreshes that nobody read, watch the output for the backward's start."""
         call = self.call
         assert call is not None
-        self.abandon(token)
+        self.abandon(before)
         if call.phase != NONE:
             call.watch(output)
         return output
 
-    def abandon(self, token: tuple[str, str, _Call | None]) -> None:
+    @torch.compiler.disable
+    def abandon(self, before: _Before) -> None:
         """After a forward that raised (and part of every `end`)."""
-        READING.engine, READING.phase, self.call = token
+        before.contexts.close()
+        READING.engine, READING.phase, self.call = before.engine, before.phase, before.call
         for slot in self.slots:
             slot.leaf = slot.token = slot.main = None
         self.refresher.drain()
@@ -171,8 +198,7 @@ class Engine:
     def mark_written(self) -> None:
         """The masters were written in a way torch does not count (`p.data`, another library): refresh every copy before the next forward."""
         for unit in self.units:
-            unit.seen = -1
-        self._written += 1
+            unit.writes += 1
 
     def _check_written(self) -> None:
         """Option checks=True: a write that moved no version counter is found by the masters' checksums, and is an error."""
@@ -194,7 +220,7 @@ class Engine:
             self._checksums[unit] = now
 
     def versions(self) -> list[int]:
-        return [unit.version + (self._written << 32) for unit in self.units]
+        return [unit.version for unit in self.units]
 
     # -- user's controls -------------------------------------------------------------------------------------------------------
 
@@ -205,11 +231,12 @@ class Engine:
 
     def agree_on(self, program: Any) -> None:
         """Before a compiled graph runs: every rank is about to run one with the same ordered collective list."""
-        rows = self.runtime.agreement.exchange([program.identity])
+        patience = self.options.compile_timeout if program.runs == 0 else None  # another rank may still be compiling
+        rows = self.runtime.agreement.exchange([program.identity], step=f"a {program.stage}", timeout=patience)
         if all(row[0] == program.identity for row in rows):
             return
         self.runtime.agreement.compare(
-            f"collectives of {program.name}", [f"{e.transfer} {e.op} over {e.level}, {e.dtype}, {e.bytes} bytes, of {', '.join(e.parameters)}" for e in program.collectives]
+            f"collectives of this {program.stage}", [f"{e.transfer} {e.op} over {e.level}, {e.dtype}, {e.bytes} bytes, of {', '.join(e.parameters)}" for e in program.collectives]
         )  # fmt: skip
         raise RuntimeError(f"zcompile: the ranks run different graphs ({program.name}), but their lists read the same")
 
@@ -219,6 +246,12 @@ class Engine:
             width = slot.spec.layout.width(slot.spec.g)
             self.window.mains[slot] = torch.zeros(width, dtype=MASTER, device=slot.unit.master.device)
         return self.window.mains[slot]
+
+    def compile_report(self) -> str:
+        """What was compiled so far, as a table: stage, collectives, where the code came from, wall seconds."""
+        from zcompile.debug.report import compile_report
+
+        return compile_report(self.programs)
 
     def memory(self) -> dict[str, int]:
         """Model-state bytes on this rank by owner, optimizer state excluded."""
@@ -288,14 +321,18 @@ class _Call:
             self.window.touched.update(slot for slot, grad in zip(training, out, strict=True) if grad is not None)
             out = [None] * len(out)
         late = self.phase == ACCUMULATE and self.window.closed
-        if self.phase == SYNC or late:
+        crossing = self.phase == DIRECT and bool(self.window.mains)
+        if self.phase == SYNC or late or crossing:
             left = [
-                slot for slot, grad in zip(training, out, strict=True) if grad is None and slot in self.window.touched
+                slot
+                for slot, grad in zip(training, out, strict=True)
+                if (grad is None or crossing) and slot in self.window.touched
             ]
             mask = self._union(training, left)
-            for i, slot in enumerate(training):
-                if mask[i] and out[i] is None:
-                    out[i] = self._sync_main(slot)
+            for i, (slot, grad) in enumerate(zip(training, out, strict=True)):
+                if mask[i] and (grad is None or crossing):
+                    total = self._sync_main(slot)
+                    out[i] = total if grad is None else grad + total
             self.window.touched.clear()
             self.window.closed = True
             if self.engine.window is self.window:
@@ -305,8 +342,6 @@ class _Call:
 
     def _flush_reads(self, training: list[Slot], out: list[Tensor | None]) -> list[Tensor | None]:
         """Eager reads some of whose gradients never came: reduce what did come."""
-        from zcompile.eager import flush
-
         for i, slot in enumerate(training):
             found = flush(self, slot)
             if found is not None:

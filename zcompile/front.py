@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zcompile import eager
-from zcompile._torch_compat import never_compile_alone, outer_backend
+from zcompile._torch_compat import keep_out_of_graphs, never_compile_alone, outer_backend
+from zcompile.eager import read
 from zcompile.engine import READING, Engine
 from zcompile.ops import ACCUMULATE
 from zcompile.params import Slot, wrap_plain
@@ -36,9 +36,19 @@ def _weight(name: str) -> property:
         if torch.compiler.is_compiling():
             leaf = slot.token if READING.phase == ACCUMULATE else slot.leaf
             return torch.ops.zcompile.gather(leaf, slot.unit.copy, slot.main, slot.text, READING.phase)
-        return eager.read(slot)
+        return read(slot)
 
     return property(never_compile_alone(get))
+
+
+def _forward(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The model's forward under a code object of ours: a frame at which Dynamo starts, even if the class is one of torch's own."""
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain(self, *args, **kwargs)
+
+    return forward
 
 
 def _flat_weights(self: nn.RNNBase) -> list[Tensor]:
@@ -52,6 +62,8 @@ def _subclass(cls: type[nn.Module], names: tuple[str, ...], root: bool) -> type[
     body.update(__qualname__=cls.__qualname__, __module__=cls.__module__, __doc__=cls.__doc__)
     if issubclass(cls, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
+    if root:
+        body["forward"] = _forward(cls.forward)
     bases: tuple[type, ...] = (Root, cls) if root else (cls,)
     return type(cls)(cls.__name__, bases, body)
 
@@ -66,31 +78,25 @@ class Root:
         """The engine: plan, units, traffic."""
         return self._zc_engine
 
-    @torch.compiler.disable(recursive=False)  # our work stays out of the graph; the model's forward is compiled
+    @keep_out_of_graphs
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Only what is called `forward` here may be seen by Dynamo: the rest keeps itself out."""
         engine = self._zc_engine
         if READING.engine == engine.key:  # a forward that calls the model again reads the same weights
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        outer = outer_backend()
+        forward = engine.compiled
+        if forward is None or getattr(outer, "is_hierarchical_zero", False):
+            forward = super().__call__  # type: ignore[misc]
         if engine.cast_inputs is not None:
             args, kwargs = _cast((args, kwargs), engine.cast_inputs)
-        token = engine.begin()
+        token = engine.begin(eager=engine.compiled is None and outer is None)
         try:
-            output = self._zc_run(args, kwargs)
+            output = forward(*args, **kwargs)
         except BaseException:
             engine.abandon(token)
             raise
         return engine.end(token, output)
-
-    def _zc_run(self, args: Any, kwargs: Any) -> Any:
-        engine = self._zc_engine
-        own = engine.compiled
-        outer = outer_backend()
-        if own is not None and not getattr(outer, "is_hierarchical_zero", False):
-            return own(*args, **kwargs)
-        if own is None and outer is None:
-            with eager.keep_wholes_out(engine):
-                return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def set_requires_gradient_sync(self, value: bool) -> None:
         """Whether the backward of the forwards from now on is a synchronising one.
@@ -134,6 +140,7 @@ def whole_call(model: nn.Module) -> Callable[..., Any]:
     return types.FunctionType(call.__code__.replace(), call.__globals__, "call", call.__defaults__, call.__closure__)
 
 
+@torch.compiler.disable
 def _cast(tree: Any, dtype: torch.dtype) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
 

@@ -62,6 +62,8 @@ class Unit:
     copy: Tensor
     refresh: tuple[str, ...]
     slots: list[Slot] = field(default_factory=list)
+    writes: int = 0
+    """Optimizer steps and other writes that were announced, not counted by torch: see zcompile.writes."""
     seen: int = -1
     """Version of the master that the copy holds; -1: none."""
 
@@ -77,7 +79,7 @@ class Unit:
     @property
     def version(self) -> int:
         """Moves with every write that torch counts: to a master DTensor (the wrapper counts, not its local tensor) or to its local view."""
-        return self.master._version + sum(slot.master._version for slot in self.slots)
+        return self.writes + self.master._version + sum(slot.master._version for slot in self.slots)
 
     @property
     def stale(self) -> bool:

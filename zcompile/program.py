@@ -21,6 +21,8 @@ class Program:
     Attributes:
         name: "forward 0", "backward 0", ... in the order of compiling.
         collectives: the ordered list; `identity` is a number that is equal where the lists are.
+        seconds: wall time by pass, and of code generation ("codegen") with the waiting for another rank's.
+        code: where the code came from: "generated", "loaded" or "interpreted".
         predicted, compiled: bytes one rank receives when it runs, by closed form and from the graph.
     """
 
@@ -34,6 +36,8 @@ class Program:
         text = json.dumps([entry.identity for entry in collectives])
         self.identity = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         self.runs = 0
+        self.seconds: dict[str, float] = {}
+        self.code = "interpreted"
 
     def entry(self) -> Callable[[list[Any]], Any]:
         """The function to hand to AOTAutograd: called with a list of inputs, which it empties."""

@@ -44,8 +44,12 @@ def pip(*arguments: str, executable: str = sys.executable) -> None:
 
 
 def sources(root: Path) -> Counter[str]:
-    """Python files that an installation should hold, by the path they are installed at."""
-    found = [f"zcompile/{path.name}" for path in (root / "zcompile").glob("*.py")]
+    """Python files that an installation should hold, by the path they are installed at. A new folder under zcompile/
+    has to be added to `packages` in pyproject.toml: this is what notices."""
+    found = []
+    for folder, folders, files in os.walk(root / "zcompile"):  # does not follow the links
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        found += [str(Path(folder, name).relative_to(root)) for name in files if name.endswith(".py")]
     for name in LINKED:
         found += [f"zcompile/{path.relative_to(root)}" for path in (root / name).rglob("*.py")]
     return Counter(found)

@@ -1,0 +1,86 @@
+"""`zcompile trace`: compile a model for a world that exists on paper, in one process without a GPU, and say what it took.
+
+The model is built on the meta device and the process group is torch's fake one, so nothing is allocated and nothing is sent; the
+backend, the passes and the checks are those of a real job, code generation aside.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zcompile.api import hierarchical_zero, ledger
+from zcompile.plan import Plan
+from zcompile.shapes import SHAPES, Decoder
+from zcompile.topology import Topology
+
+
+def trace(
+    model: str = "gpt-neox-20b",
+    topology: str = "frontier:48",
+    plan: str = "zero_topo",
+    sequence: int | None = None,
+    micro_batch: int = 1,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    micro_batches: int = 1,
+) -> dict[str, Any]:
+    """Forward and backward of one step of a named shape, traced and put through every pass.
+
+    Returns:
+        seconds by stage, peak memory of the process in bytes, and the ledger of the step.
+
+    Raises:
+        ValueError: an unknown shape, topology or plan.
+    """
+    if model not in SHAPES:
+        raise ValueError(f"model {model!r}: known shapes are {', '.join(SHAPES)}")
+    if dist.is_initialized():
+        raise RuntimeError("zcompile trace needs a process without a process group: it makes a fake one")
+    shape = SHAPES[model]
+    length = sequence or shape.sequence
+    if length > shape.sequence:
+        raise ValueError(f"sequence {length}: {model} has at most {shape.sequence}")
+    levels = Topology.parse(topology)
+    Plan.parse(plan)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=levels.world_size, store=FakeStore())
+    try:
+        begin = time.perf_counter()
+        with torch.device("meta"):
+            module = Decoder(shape)
+        wrapped = hierarchical_zero(module, topology=levels, plan=plan, compute_dtype=compute_dtype, codegen=False, fullgraph=True)
+        wrapped_at = time.perf_counter()
+        tokens = torch.zeros(micro_batch, length + 1, dtype=torch.int64, device="meta")
+        forward = backward = 0.0
+        for index in range(micro_batches):
+            wrapped.set_requires_gradient_sync(index == micro_batches - 1)
+            start = time.perf_counter()
+            loss = wrapped(tokens)
+            middle = time.perf_counter()
+            loss.backward()
+            forward, backward = forward + middle - start, backward + time.perf_counter() - middle
+        programs = wrapped.zero.programs
+        return {
+            "model": model,
+            "parameters": sum(slot.spec.layout.numel for slot in wrapped.zero.slots),
+            "topology": levels.key,
+            "ranks": levels.world_size,
+            "plan": plan,
+            "seconds": {
+                "wrap": wrapped_at - begin,
+                "forward": forward,
+                "backward": backward,
+                "passes": sum(s for p in programs for name, s in p.seconds.items() if name != "codegen"),
+                "total": time.perf_counter() - begin,
+            },
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "graphs": [{"name": p.name, "stage": p.stage, "collectives": len(p.collectives)} for p in programs],
+            "ledger": ledger(wrapped),
+        }
+    finally:
+        dist.destroy_process_group()
