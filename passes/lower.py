@@ -16,6 +16,7 @@ import torch
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from zcompile import transfers
 from zcompile.layout import ParamSpec
@@ -34,6 +35,8 @@ _INHERITED = (
     "custom",
     "fwd_source_fn_stack",
 )
+_TEMPLATES: dict[object, GraphModule] = {}
+"""Traced transfers by all that shapes them, without values: equal blocks, and both halves of every graph, are traced once."""
 
 
 def run(gm: GraphModule, context: Context) -> None:
@@ -65,7 +68,6 @@ class _Lowering:
     def __init__(self, gm: GraphModule, context: Context):
         self.gm, self.context = gm, context
         self.mode = detect_fake_mode([n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"])
-        self.templates: dict[object, GraphModule] = {}
         self.reduced: dict[Node, tuple[Node, int]] = {}
         """per-parameter piece -> (its bucket's buffer, pieces in it): so that a sync finds the buffer of its own reduce."""
         self.replaced: list[Node] = []
@@ -127,16 +129,23 @@ class _Lowering:
 
     def _insert(self, function: Callable[..., Any], kind: tuple[object, ...], inputs: Sequence[Any], specs: list[ParamSpec],
                 anchor: Node) -> list[Node]:  # fmt: skip
-        """Trace `function` on the values of `inputs` and put its nodes before `anchor`; returns the nodes of its results."""
+        """The nodes of `function`, applied to `inputs`, before `anchor`; returns the nodes of its results."""
         values = [node.meta["val"] for node in inputs]
-        shapes = tuple((tuple(v.shape), v.stride(), v.dtype) for v in values)
-        key = (kind, shapes, tuple((s.chain, s.shape, s.offset, s.unit_shard) for s in specs))
-        template = self.templates.get(key)
-        if template is None:
-            assert self.mode is not None
-            with self.mode, torch.no_grad():
+        shapes = tuple((tuple(v.shape), v.stride(), v.dtype, v.device) for v in values)
+        columns = tuple((s.chain, s.shape, s.offset, s.unit_shard) for s in specs)
+        key = (kind, shapes, columns, frozenset(self.context.decompositions))
+        assert self.mode is not None
+        with self.mode, torch.no_grad():
+            template = _TEMPLATES.get(key)
+            if template is None:
                 template = make_fx(function, decomposition_table=self.context.decompositions)(*values)
-            self.templates[key] = template
+                for node in template.graph.nodes:
+                    node.meta.clear()
+                _TEMPLATES[key] = template
+            return self._copy(template, inputs, specs, anchor)
+
+    def _copy(self, template: GraphModule, inputs: Sequence[Any], specs: list[ParamSpec], anchor: Node) -> list[Node]:
+        """Copy the template's nodes, with values of their own: which of them share memory is what later passes ask."""
         mapping = dict(zip((n for n in template.graph.nodes if n.op == "placeholder"), inputs, strict=True))
         results: list[Node] = []
         names = tuple(spec.name for spec in specs)
@@ -146,7 +155,9 @@ class _Lowering:
                     results = [mapping[result] for result in node.args[0]]
                 elif node.op != "placeholder":
                     copied = self.gm.graph.node_copy(node, lambda n: mapping[n])
-                    copied.meta = {k: v for k, v in anchor.meta.items() if k in _INHERITED} | {"val": node.meta["val"]}
+                    args, kwargs = map_arg((copied.args, copied.kwargs), lambda n: n.meta["val"])
+                    copied.meta = {k: v for k, v in anchor.meta.items() if k in _INHERITED}
+                    copied.meta["val"] = copied.target(*args, **kwargs)
                     if node.target in COLLECTIVES:
                         copied.meta["zc_parameters"] = names
                     mapping[node] = copied

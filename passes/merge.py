@@ -75,7 +75,7 @@ def _merge_gradients(reduces: list[Node], context: Context) -> None:
 
 
 def _consumer(reduce: Node) -> tuple[Node | None, Node | None] | None:
-    """(sync, main) that use a reduced gradient: (sync, None) directly, (sync, main) after main was added, (None, None) if only accumulated."""
+    """(sync, main) that use a reduced gradient: (sync, None) directly, (sync, main) after main was added, (None, None) if accumulated."""
     users = list(reduce.users)
     if len(users) != 1:
         return None
