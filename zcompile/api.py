@@ -16,10 +16,11 @@ from zcompile import traffic
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.engine import Engine
 from zcompile.front import Root, install, whole_call
+from zcompile.launcher import init_from_launcher, topology_of_job
 from zcompile.options import Options
 from zcompile.params import named_owners
 from zcompile.plan import Plan
-from zcompile.runtime import Runtime, init_from_launcher
+from zcompile.runtime import Runtime
 from zcompile.topology import Topology
 
 M = TypeVar("M", bound=nn.Module)
@@ -105,11 +106,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
     device = next(model.parameters()).device
     init_from_launcher(device)
     world = dist.get_world_size()
-    found = (
-        Topology.detect(world_size=world, gather=_gather_objects, pci=None)
-        if topology is None
-        else Topology.parse(topology, world_size=world)
-    )
+    found = topology_of_job(topology, device, world)
     found.check_world(world)
     if found.world != len(found.levels):
         raise ValueError(
@@ -128,12 +125,6 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
             whole_call(model), backend=hierarchical_zero_backend, fullgraph=options.fullgraph, dynamic=options.dynamic
         )
     return model
-
-
-def _gather_objects(value: Any) -> list[Any]:
-    out: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value)
-    return out
 
 
 def _check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -225,24 +216,22 @@ def _engine(model: Any, caller: str) -> Engine:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Plain tensors, names and shapes as the plain model's; every rank calls it, every rank gets it. Copies, not views."""
+    """Plain tensors, names and shapes as the plain model's, fp32 as the masters; copies, on every rank. Every rank calls it."""
     engine = _engine(model, "full_state_dict")
+    slots = {name: slot for slot in engine.slots for name in slot.names}
+    wholes: dict[str, Tensor] = {}
     out: dict[str, Any] = {}
     for name, value in getattr(model, "_orig_mod", model).state_dict().items():
-        out[name] = (
-            gather_full(value, engine)
-            if isinstance(value, DTensor)
-            else value.detach().clone()
-            if isinstance(value, Tensor)
-            else value
-        )
+        if isinstance(value, DTensor) and name in slots:
+            slot = slots[name]
+            if slot.name not in wholes:
+                wholes[slot.name] = engine.whole_master(slot)
+            out[name] = wholes[slot.name]
+        elif isinstance(value, Tensor):
+            out[name] = (value.full_tensor() if isinstance(value, DTensor) else value.detach()).clone()
+        else:
+            out[name] = value
     return out
-
-
-def gather_full(value: DTensor, engine: Engine) -> Tensor:
-    """The whole of a master-like DTensor on every rank."""
-    with torch.no_grad():
-        return value.detach().full_tensor().clone()
 
 
 def ledger(model: nn.Module) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from zcompile import transfers
-from zcompile._torch_compat import many_graphs, wrap_local
+from zcompile._torch_compat import all_gather, many_graphs, wrap_local
 from zcompile.eager import flush, keep_wholes_out
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC
 from zcompile.params import MASTER, Slot, Unit, build
@@ -252,6 +252,19 @@ class Engine:
         from zcompile.debug.report import compile_report
 
         return compile_report(self.programs)
+
+    def whole_master(self, slot: Slot) -> Tensor:
+        """The whole parameter, fp32, from the masters on all ranks; every rank calls it. Not a transfer of a step: not counted."""
+        layout = slot.spec.layout
+        x = slot.unit.master.narrow(0, slot.spec.offset, layout.shard).clone()
+        mesh = slot.master.device_mesh
+        for level in range(slot.spec.o, 0, -1):
+            size = slot.spec.sizes[level - 1]
+            if size > 1 and x.numel():
+                out = x.new_empty(size * x.numel())
+                all_gather(out, x, mesh.get_group(level - 1)).wait()
+                x = out
+        return transfers.unpack(x.view(layout.shards, -1), layout).clone()
 
     def memory(self) -> dict[str, int]:
         """Model-state bytes on this rank by owner, optimizer state excluded."""

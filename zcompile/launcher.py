@@ -7,11 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from zcompile import _torch_compat as compat
+from zcompile.discovery import gcd_pairs
+from zcompile.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -117,3 +120,46 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
         return int(text)
     except ValueError:
         raise ValueError(f"launcher variable {name} is {text!r}, not a whole number") from None
+
+
+def topology_of_job(given: Topology | str | None, device: torch.device, world_size: int) -> Topology:
+    """The topology of this job on this device.
+
+    On GPUs that come in pairs (MI250X) the pairs are found from PCI addresses, exchanged over the default group, never from the local
+    rank: schedulers hand out devices in another order than they number ranks. A machine's name then gives the levels and their rates,
+    the addresses give the order of the ranks. Elsewhere, and for a Topology that says where its ranks are, `given` stands as it is.
+
+    Raises:
+        ValueError: the devices do not form the levels of the machine that was named.
+    """
+    pci, pairs = pci_address(device), gcd_pairs()
+    if isinstance(given, Topology) or (pci is None and given is not None):
+        return Topology.parse(given, world_size=world_size)
+
+    def gather(value: Any) -> list[Any]:
+        out: list[Any] = [None] * world_size
+        dist.all_gather_object(out, value)
+        return out
+
+    found = Topology.detect(world_size=world_size, gather=gather, pci=pci, pairs=pairs)
+    if given is None:
+        return found
+    named = Topology.parse(given, world_size=world_size)
+    if "pair" not in named.names:
+        return named
+    if named.sizes != found.sizes:
+        raise ValueError(
+            f"topology {given!r} has {named.key} ({', '.join(named.names)}), but the devices of this job form {found.key} "
+            f"({', '.join(found.names)}); start one process per GCD on every node, or pass a Topology of your own"
+        )
+    return Topology(named.levels, named.device, found.order)
+
+
+def pci_address(device: torch.device) -> str | None:
+    """ "domain:bus:device" of this process's own GPU if it is one of a pair (gfx90a), else None."""
+    if device.type != "cuda":
+        return None
+    properties: Any = torch.cuda.get_device_properties(device)
+    if not getattr(properties, "gcnArchName", "").startswith("gfx90a"):
+        return None
+    return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"

@@ -6,6 +6,7 @@ collective nodes in the graphs that ran, *counted* what the process groups were 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from zcompile import cost, transfers
 from zcompile.cost import Bytes
 from zcompile.layout import ParamSpec
 from zcompile.params import Unit
+from zcompile.runtime import Runtime
 
 if TYPE_CHECKING:
     from zcompile.engine import Engine
@@ -30,6 +32,18 @@ class Tally:
     counted: Bytes = field(default_factory=dict)
 
 
+class _Counted:
+    """What one runtime's groups have counted, and up to where it is booked. Models that share a topology share its groups: what was
+    counted since the last look belongs to the model that began a forward or a backward last."""
+
+    def __init__(self) -> None:
+        self.mark: Bytes = {}
+        self.owner: weakref.ref[Traffic] | None = None
+
+
+_COUNTED: weakref.WeakKeyDictionary[Runtime, _Counted] = weakref.WeakKeyDictionary()
+
+
 class Traffic:
     """Adds up the step in progress (everything since the last synchronising backward) and keeps the last whole one.
 
@@ -42,11 +56,12 @@ class Traffic:
         self.last: Tally | None = None
         self.evaluation = Tally()
         self._active = self.step
-        self._mark: Bytes = {}
+        self._counted = _COUNTED.setdefault(engine.runtime, _Counted())
+        self._own()
 
     def start(self, evaluation: bool) -> None:
         """A forward or a backward begins."""
-        self._settle()
+        self._own()
         self._active = self.evaluation if evaluation else self.step
 
     def stop(self, step: bool = False) -> None:
@@ -79,14 +94,26 @@ class Traffic:
         cost.add(self._active.predicted, program.predicted)
         cost.add(self._active.compiled, program.compiled)
 
+    def _own(self) -> None:
+        """Book what was counted so far to the model it belongs to, and what is counted from here on to this one."""
+        owner = self._counted.owner and self._counted.owner()
+        if owner is None:
+            self._counted.mark = self._now()
+        else:
+            owner._settle()
+        self._counted.owner = weakref.ref(self)
+
+    def _now(self) -> Bytes:
+        return {key: bytes_ for key, (_, bytes_) in self._engine.runtime.snapshot().items()}
+
     def _settle(self) -> None:
-        now = {key: bytes_ for key, (_, bytes_) in self._engine.runtime.snapshot().items()}
+        now = self._now()
         for (level, transfer), bytes_ in now.items():
-            delta = bytes_ - self._mark.get((level, transfer), 0)
+            delta = bytes_ - self._counted.mark.get((level, transfer), 0)
             if delta:
                 tally = self.step if transfer == "refresh" else self._active
                 cost.add(tally.counted, {(level, "sync" if transfer == "back" else transfer): delta})
-        self._mark = now
+        self._counted.mark = now
 
 
 def report(engine: Engine) -> dict[str, Any]:
