@@ -4,6 +4,9 @@ Note [One reduce for many reads]: a weight that is read several times in a forwa
 taken over whole gradients, in the order autograd delivers them, before one reduce: the same bits as a dense model, and one transfer.
 Each forward counts its reads of a parameter; the backward of the last one reduces. Reads whose gradient never arrives are settled by
 `flush` when the backward ends.
+
+Note [Frames that Dynamo gives up]: a frame that Dynamo cannot trace (one that raises) runs in eager torch, but the functions it calls
+are frames that Dynamo tries next. The transfers here are none of the model's code: they are kept from it.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ class Gather(torch.autograd.Function):
         return (_settle(ctx.call, reads) if reads.open == 0 else None), None, None, None
 
 
+@torch.compiler.disable  # see Note [Frames that Dynamo gives up]
 def whole(slot: Slot, call: Any) -> Tensor:
     """The whole parameter in its compute dtype: gathers from the unit's copy."""
     spec, copy = slot.spec, slot.unit.copy
@@ -57,6 +61,7 @@ def whole(slot: Slot, call: Any) -> Tensor:
     return out
 
 
+@torch.compiler.disable  # see Note [Frames that Dynamo gives up]
 def read(slot: Slot) -> Tensor:
     """`module.weight` inside a forward that no compiler traces."""
     from zcompile.engine import current_engine
@@ -82,6 +87,7 @@ def flush(call: Any, slot: Slot) -> Tensor | None:
     return _settle(call, reads) if reads is not None and reads.total is not None else None
 
 
+@torch.compiler.disable  # see Note [Frames that Dynamo gives up]
 def _settle(call: Any, reads: _Reads) -> Tensor | None:
     slot, grad = reads.slot, reads.total
     assert grad is not None

@@ -1,0 +1,390 @@
+"""What a training loop may do: micro-batches in any order, two backwards, modes, exceptions, optimizers, several models."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from support.training import batch, both, graphs, ours, received, replicas, same, square, theirs, train, twins
+from torch import Tensor, nn
+
+from zcompile import full_state_dict
+
+WORLD = 4
+TWO = pytest.mark.parametrize("mode", ["eager", "graph"])
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+
+
+LOSS = square(4, 7)
+
+
+def sgd(*models: nn.Module) -> list[torch.optim.SGD]:
+    return [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1) for model in models]
+
+
+def step(optimizers: list[Any]) -> None:
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Branches(nn.Module):
+    """A trunk and three branches; one is never used, one only when asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.left, self.right = nn.Linear(7, 7), nn.Linear(7, 3), nn.Linear(7, 3)
+        self.never = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor, right: bool) -> Tensor:
+        hidden = self.trunk(x).tanh()
+        out: Tensor = self.right(hidden) if right else self.left(hidden)
+        return out
+
+
+def _branches(rank: int, mode: str) -> None:
+    """A parameter unused in a step keeps no gradient; used in an early micro-batch only, it is not lost."""
+    model, dense = twins(Branches, mode)
+    optimizers = sgd(model, dense)
+    pattern = [[False], [True], [True, False], [False, True, False], [True, True]]
+    for number, uses in enumerate(pattern):
+        for k, right in enumerate(uses):
+
+            def loss(model: Any, rank: int, number: int, right: bool = right) -> Tensor:
+                found: Tensor = model(batch(rank, number, 4, 7), right).square().mean()
+                return found
+
+            both(model, dense, loss, 10 * number + k, sync=k == len(uses) - 1)
+        for name, parameter in model.named_parameters():
+            expected = dense.get_parameter(name).grad
+            assert (parameter.grad is None) == (expected is None), f"step {number}: {name}"
+        step(optimizers)
+        same(model, dense)
+    assert not model.zero.memory()["main"]
+
+
+@TWO
+def test_parameters_unused_in_a_step_or_used_in_an_early_micro_batch_only(ranks: Any, mode: str) -> None:
+    ranks(WORLD).run(_branches, mode)
+
+
+def _changing(rank: int, mode: str) -> None:
+    model, dense = twins(mlp, mode)
+    optimizers = sgd(model, dense)
+    number = 0
+    for micro in (1, 4, 2, 1, 3):
+        for k in range(micro):
+            both(model, dense, LOSS, number, sync=k == micro - 1)
+            number += 1
+        step(optimizers)
+        same(model, dense)
+    # The epoch ends in the middle of a window: its last micro-batch was not known to be the last.
+    for k in range(2):
+        both(model, dense, LOSS, number + k, sync=False)
+    assert all(p.grad is None for p in model.parameters())
+    both(model, dense, LOSS, number + 2)
+    step(optimizers)
+    same(model, dense)
+
+
+@TWO
+def test_f36_accumulation_steps_that_change_lose_no_micro_batch(ranks: Any, mode: str) -> None:
+    ranks(WORLD).run(_changing, mode)
+
+
+def _no_sync(rank: int) -> None:
+    """The context manager is the setter; the phase is fixed at forward; zero_grad drops what was added up."""
+    model, dense = twins(mlp, "eager")
+    optimizers = sgd(model, dense)
+    with model.no_sync():
+        lost = LOSS(model, rank, 0)
+    lost.backward()
+    assert model.zero.memory()["main"] > 0
+    model.zero_grad()
+    assert not model.zero.memory()["main"]
+    with model.no_sync():
+        kept = LOSS(model, rank, 1)
+    kept.backward()
+    theirs(dense, LOSS, 1)
+    both(model, dense, LOSS, 2)
+    step(optimizers)
+    same(model, dense)
+    # A forward before the drop and its backward after it still counts: it is a new micro-batch's gradient.
+    with model.no_sync():
+        early = LOSS(model, rank, 3)
+    model.zero_grad()
+    early.backward()
+    theirs(dense, LOSS, 3)
+    both(model, dense, LOSS, 4)
+    step(optimizers)
+    same(model, dense)
+    try:
+        model.set_requires_gradient_sync(1)
+    except TypeError as error:
+        assert "True or False" in str(error)
+    else:
+        raise AssertionError("accepted 1")
+
+
+def test_no_sync_and_zero_grad(ranks: Any) -> None:
+    ranks(WORLD).run(_no_sync)
+
+
+def _two_forwards(rank: int, mode: str) -> None:
+    """Two forwards in every mixture of phases, then (a + b).backward() or two backwards, in either order.
+
+    One synchronising forward is enough for both gradients to arrive, whichever backward comes last.
+    """
+    model, dense = twins(mlp, mode)
+    optimizers = sgd(model, dense)
+    for joint in (True, False):
+        for phases in ((True, True), (False, True), (True, False), (False, False)):
+            for turned in (False, True):
+                losses = []
+                for number, sync in enumerate(phases):
+                    model.set_requires_gradient_sync(sync)
+                    losses.append(LOSS(model, rank, number))
+                    theirs(dense, LOSS, number)
+                if turned:
+                    losses.reverse()
+                for loss in [losses[0] + losses[1]] if joint else losses:
+                    loss.backward()
+                if not any(phases):
+                    assert all(p.grad is None for p in model.parameters())
+                    model.set_requires_gradient_sync(True)
+                    LOSS(model, rank, 2).mul(0).backward()
+                assert not model.zero.memory()["main"]
+                step(optimizers)
+                same(model, dense)
+
+
+@TWO
+def test_two_forwards_before_their_backwards(ranks: Any, mode: str) -> None:
+    ranks(WORLD).run(_two_forwards, mode)
+
+
+def _retain(rank: int, mode: str) -> None:
+    model, dense = twins(mlp, mode)
+    optimizers = sgd(model, dense)
+    loss = LOSS(model, rank, 0)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for _ in range(2):
+        theirs(dense, LOSS, 0)
+    step(optimizers)
+    same(model, dense)
+    # in a window: the first accumulates, twice; the last syncs, twice
+    with model.no_sync():
+        early = LOSS(model, rank, 1)
+    early.backward(retain_graph=True)
+    early.backward()
+    last = LOSS(model, rank, 2)
+    last.backward(retain_graph=True)
+    last.backward()
+    for number in (1, 1, 2, 2):
+        theirs(dense, LOSS, number)
+    step(optimizers)
+    same(model, dense)
+
+
+@TWO
+def test_a_backward_twice_over_a_retained_graph(ranks: Any, mode: str) -> None:
+    ranks(WORLD).run(_retain, mode)
+
+
+def _partial_grad(rank: int, mode: str) -> None:
+    """torch.autograd.grad with respect to the input leaves no trace on the parameters and communicates no gradient."""
+    model, dense = twins(mlp, mode)
+    x = batch(rank, 0, 4, 7).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    (mine,) = torch.autograd.grad(model(x).square().mean(), x)
+    (other,) = torch.autograd.grad(dense(y).square().mean(), y)
+    torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
+    assert all(p.grad is None for p in model.parameters())
+    train(model, dense, LOSS, steps=2)
+
+
+@TWO
+def test_gradients_of_inputs_alone(ranks: Any, mode: str) -> None:
+    ranks(WORLD).run(_partial_grad, mode)
+
+
+class Breaks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fail = nn.Linear(7, 9), nn.Linear(9, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        if self.fail:
+            raise KeyError("user code")
+        out: Tensor = self.second(hidden)
+        return out
+
+
+def _exception(rank: int, mode: str) -> None:
+    model, dense = twins(Breaks, mode)
+    optimizers = sgd(model, dense)
+    both(model, dense, LOSS, 0)
+    step(optimizers)
+    model.fail = True
+    with contextlib.suppress(KeyError):
+        LOSS(model, rank, 1)
+    assert type(model.first.weight).__name__ == "DTensor" or isinstance(model.first.weight, nn.Parameter)
+    model.fail = False
+    for number in (2, 3):
+        both(model, dense, LOSS, number)
+        step(optimizers)
+        same(model, dense)
+
+
+@TWO
+def test_an_exception_in_a_forward_and_the_next_forward(ranks: Any, mode: str) -> None:
+    ranks(WORLD).run(_exception, mode)
+
+
+ELEMENTWISE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "foreach": False}),
+    "adamw foreach": (torch.optim.AdamW, {"lr": 0.01, "foreach": True}),
+    "adamw fused": (torch.optim.AdamW, {"lr": 0.01, "fused": True}),
+    "adam amsgrad": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "centered": True}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.05}),
+    "adamax": (torch.optim.Adamax, {"lr": 0.01}),
+    "nadam": (torch.optim.NAdam, {"lr": 0.01}),
+    "radam": (torch.optim.RAdam, {"lr": 0.01}),
+    "adadelta": (torch.optim.Adadelta, {"lr": 0.5}),
+    "asgd": (torch.optim.ASGD, {"lr": 0.01}),
+}
+
+
+def _optimizer(rank: int, name: str) -> None:
+    cls, settings = ELEMENTWISE[name]
+    model, dense = twins(mlp, "eager")
+
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        rest = [p for p in model.parameters() if p.dim() <= 1]
+        return [{"params": matrices}, {"params": rest, "lr": settings["lr"] / 2}]
+
+    optimizers = [cls(groups(m), **settings) for m in (model, dense)]
+    for number in range(4):
+        both_close(model, dense, number)
+        step(optimizers)
+    # Updates divided by the root of a tiny gradient's square magnify the last bit of the order of sums.
+    same(model, dense, 2e-5)
+
+
+def both_close(model: Any, dense: nn.Module, number: int) -> None:
+    torch.testing.assert_close(ours(model, LOSS, number), theirs(dense, LOSS, number), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_element_wise_optimizers_with_groups_of_their_own(ranks: Any, name: str) -> None:
+    ranks(WORLD).run(_optimizer, name)
+
+
+def _clipped(rank: int) -> None:
+    model, dense = twins(mlp, "eager")
+    optimizers = sgd(model, dense)
+    for number in range(2):
+        both(model, dense, LOSS, number)
+        mine = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        other = torch.nn.utils.clip_grad_norm_(dense.parameters(), 0.1)
+        torch.testing.assert_close(mine.full_tensor(), other, rtol=1e-6, atol=1e-7)
+        step(optimizers)
+        same(model, dense)
+
+
+def test_torchs_own_clipping_sees_the_whole_norm(ranks: Any) -> None:
+    ranks(WORLD).run(_clipped)
+
+
+def _nan(rank: int, mode: str) -> None:
+    """NaN on one rank's batch alone: every rank gets a NaN gradient, and takes the same decision."""
+    model, dense = twins(mlp, mode)
+    (optimizer,) = sgd(model)
+    x = batch(rank, 0, 4, 7)
+    if rank == WORLD - 1:
+        x[0, 0] = float("nan")
+    model(x).square().mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    assert not torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    replicas(model)
+    # every gradient is NaN on every rank that holds a row of it: no rank steps what another skips
+    assert all(p.grad.to_local().isnan().all() for p in model.parameters())
+    optimizer.zero_grad()  # all skip
+    train(model, dense, LOSS, steps=1)
+    x[0, 0] = float("nan")
+    model(x).square().mean().backward()
+    optimizer.step()  # or all step
+    replicas(model)
+    assert all(value.isnan().all() for value in full_state_dict(model).values())
+
+
+@TWO
+def test_f10_a_nan_gradient_of_one_rank_is_seen_by_all(ranks: Any, mode: str) -> None:
+    ranks(WORLD).run(_nan, mode)
+
+
+def _models(rank: int, mode: str) -> None:
+    """A teacher, a student, and steps of both in turn; then two trained against each other."""
+    teacher, dense_teacher = twins(mlp, mode)
+    student, dense_student = twins(lambda: nn.Sequential(nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 3)), mode)
+    pairs = [(teacher, dense_teacher), (student, dense_student)]
+    optimizers = sgd(teacher, dense_teacher, student, dense_student)
+
+    def distil(teacher: Any, student: Any, who: int, number: int) -> Tensor:
+        x = batch(who, number, 4, 7)
+        with torch.no_grad():
+            goal = teacher(x)
+        found: Tensor = (student(x) - goal).square().mean()
+        return found
+
+    def against(teacher: Any, student: Any, who: int, number: int) -> Tensor:
+        x = batch(who, number, 4, 7)
+        found: Tensor = (student(x) * teacher(x)).mean() + teacher(student(x).repeat(1, 3)[:, :7]).square().mean()
+        return found
+
+    for number, loss in enumerate((distil, against, distil, against)):
+        loss(teacher, student, rank, number).backward()
+        for who in range(WORLD):
+            (loss(dense_teacher, dense_student, who, number) / WORLD).backward()
+        step(optimizers)
+        for model, dense in pairs:
+            same(model, dense)
+
+
+@TWO
+def test_several_models_in_one_process(ranks: Any, mode: str) -> None:
+    ranks(WORLD).run(_models, mode)
+
+
+def _evaluation(rank: int, mode: str) -> None:
+    """F28's other half: eval() and no_grad between steps cost no gradient bytes, and memory returns to rest."""
+    model, dense = twins(lambda: nn.Sequential(nn.Linear(7, 9), nn.Dropout(0.5), nn.Linear(9, 3)), mode)
+    for module in (model, dense):
+        module.eval()
+    optimizers = sgd(model, dense)
+    rest = model.zero.memory()
+    for number in range(3):
+        both(model, dense, LOSS, number)
+        step(optimizers)
+        with torch.no_grad():
+            x = batch(rank, 50 + number, 4, 7)
+            torch.testing.assert_close(model(x), dense(x), rtol=0, atol=1e-6)
+        assert model.zero.memory() == rest
+    assert received(model, "sync")
+    if mode == "graph":
+        assert graphs(model) == ["forward", "backward", "inference"]
+
+
+@TWO
+def test_evaluation_between_steps(ranks: Any, mode: str) -> None:
+    ranks(WORLD).run(_evaluation, mode)
