@@ -58,6 +58,13 @@ class Hand:
             node.meta["val"] = torch.empty(*shape, dtype=dtype)
         return node
 
+    def input_like(self, node: Node) -> Node:
+        """An input with the value of `node`, in a finished graph."""
+        with self.gm.graph.inserting_before(next(iter(self.gm.graph.nodes))):
+            made = self.gm.graph.placeholder("stand_in")
+        made.meta["val"] = node.meta["val"]
+        return made
+
     def copy(self, spec: ParamSpec) -> Node:
         """The compute copy of the unit of `spec`."""
         rows = spec.layout.shards // spec.layout.extents[spec.w]
