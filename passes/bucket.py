@@ -8,6 +8,8 @@ Leaves alone: units; which parameters can share a message was decided when the m
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import GraphModule, Node
 
 from zcompile import cost
@@ -17,7 +19,7 @@ from zcompile.passes.nodes import GATHER, REDUCE, SEMANTIC, SYNC, find, reorder,
 
 NAME = "bucket"
 KEY = "zc_bucket"
-NAMES = {GATHER: "gather", REDUCE: "reduce", SYNC: "sync"}
+NAMES: dict[Any, str] = {GATHER: "gather", REDUCE: "reduce", SYNC: "sync"}
 
 
 def run(gm: GraphModule, context: Context) -> None:

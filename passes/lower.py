@@ -10,7 +10,7 @@ Leaves alone: everything else. What is inserted is traced from the functions the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._guards import detect_fake_mode
@@ -157,7 +157,7 @@ class _Lowering:
                     copied = self.gm.graph.node_copy(node, lambda n: mapping[n])
                     args, kwargs = map_arg((copied.args, copied.kwargs), lambda n: n.meta["val"])
                     copied.meta = {k: v for k, v in anchor.meta.items() if k in _INHERITED}
-                    copied.meta["val"] = copied.target(*args, **kwargs)
+                    copied.meta["val"] = cast(Any, copied.target)(*args, **kwargs)
                     if node.target in COLLECTIVES:
                         copied.meta["zc_parameters"] = names
                     mapping[node] = copied

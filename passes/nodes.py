@@ -76,6 +76,10 @@ class Collective:
     bytes: int
     parameters: tuple[str, ...]
 
+    def __str__(self) -> str:
+        names = ", ".join(self.parameters)
+        return f"{self.transfer} {self.op} over {self.level}, {self.dtype}, {self.bytes} bytes, of {names}"
+
     @property
     def identity(self) -> tuple[Any, ...]:
         return (self.level, self.transfer, self.op, self.dtype, self.bytes, self.parameters)

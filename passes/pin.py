@@ -9,6 +9,7 @@ Leaves alone: the order itself; it is that of the graph.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch.fx import GraphModule
 
@@ -28,7 +29,7 @@ _CALL = re.compile(
     r"_c10d_functional\.(all_gather_into_tensor|all_to_all_single|wait_tensor)(?:_out)?\.(?:default|out)\((.*)"
 )
 _ROLE = re.compile(r"'(zc\.[^']+)'")
-_SHORT = {ALL_GATHER: "all_gather_into_tensor", ALL_TO_ALL: "all_to_all_single", WAIT: "wait_tensor"}
+_SHORT: dict[Any, str] = {ALL_GATHER: "all_gather_into_tensor", ALL_TO_ALL: "all_to_all_single", WAIT: "wait_tensor"}
 
 
 def run(gm: GraphModule, context: Context) -> None:

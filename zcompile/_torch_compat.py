@@ -16,12 +16,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import _distributed_c10d as _bindings
 from torch._C._distributed_c10d import (  # read from torch 2.13
     HashStore,
     PrefixStore,
     Store,
     TCPStore,
-    _create_work_from_future,
     _get_work_registry_size,
     _register_process_group,
     _register_work,
@@ -162,7 +162,8 @@ def set_group_timeout(group: dist.ProcessGroup, seconds: float) -> None:
 
 def register_future(tensor: Tensor, future: torch.futures.Future[Tensor]) -> None:
     """A later `wait_tensor(tensor)`, eager or compiled, waits for `future` (2.13: the work registry is keyed by storage)."""
-    _register_work(tensor, _create_work_from_future(future))
+    create: Any = getattr(_bindings, "_create_work_from_future")  # noqa: B009 (absent from the stubs)
+    _register_work(tensor, create(future))
 
 
 @skip
@@ -200,7 +201,7 @@ def never_compile_alone(function: Any) -> Any:
     return function
 
 
-def wrap_local(local: Tensor, like: DTensor) -> DTensor:
+def wrap_local(local: Tensor, like: Any) -> DTensor:
     """A DTensor with the placements of `like` over `local`, without autograd (2.13: DTensor.__new__(local, spec, requires_grad=))."""
     return DTensor(local, like._spec, requires_grad=False)
 

@@ -164,11 +164,13 @@ def _check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> dict[st
 def _refuse_optimizers(model: nn.Module) -> None:
     ours = {id(p) for p in model.parameters()}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.optim.Optimizer):  # isinstance would follow a weak proxy, and raise where it is dead
+        if issubclass(
+            type(thing), torch.optim.Optimizer
+        ):  # isinstance would follow a weak proxy, and raise where it is dead
             for group in thing.param_groups:
                 if any(id(p) in ours for p in group["params"]):
                     raise ValueError(
-                        f"hierarchical_zero: a {type(thing).__name__} was made from this model's parameters before it was wrapped and would step "
+                        f"hierarchical_zero: a {type(thing).__name__} was made from this model's parameters before it was wrapped: it would step "
                         "tensors that are no longer used. Wrap first, then make the optimizer from model.parameters()."
                     )
 
@@ -179,7 +181,9 @@ def _agree(runtime: Runtime, model: nn.Module, plan: Any, compute: dict[str, tor
     runtime.agreement.compare("settings of hierarchical_zero", {
         "zcompile": __version__, "torch": torch.__version__, "plan": plan.describe().splitlines(), "plan key": plan.key,
         "options": {"codegen": options.codegen, "checks": options.checks, "sync_init": options.sync_init},
-        "parameters": [[names[0][0], list(p.shape), str(compute[names[0][0]]), p.requires_grad] for p, names in named_owners(model).items()],
+        "parameters": [
+            [names[0][0], list(p.shape), str(compute[names[0][0]]), p.requires_grad] for p, names in named_owners(model).items()
+        ],
     })  # fmt: skip
 
 
@@ -191,15 +195,15 @@ def _same_start(runtime: Runtime, model: nn.Module, options: Options) -> None:
         for parameter in model.parameters():
             dist.broadcast(parameter.data, 0)
         return
-    sums = [[names[0][0], int(_bits(p).sum())] for p, names in named_owners(model).items()]
+    sums = [(names[0][0], int(_bits(p).sum())) for p, names in named_owners(model).items()]
     words = [total % (1 << 62) for _, total in sums]
     rows = runtime.agreement.exchange(words)
     for rank, row in enumerate(rows):
         for (name, _), mine, theirs in zip(sums, rows[0], row, strict=True):
             if mine != theirs:
                 raise ValueError(
-                    f"hierarchical_zero: parameter {name!r} starts from other values on rank {rank} than on rank 0. Seed every rank equally "
-                    "before building the model, or pass sync_init=True to take rank 0's."
+                    f"hierarchical_zero: parameter {name!r} starts from other values on rank {rank} than on rank 0. Seed every rank "
+                    "equally before building the model, or pass sync_init=True to take rank 0's."
                 )
 
 

@@ -132,14 +132,9 @@ class Compilation:
         self, gm: GraphModule, example_inputs: Sequence[Any], details: dict[str, Any], order: list[str]
     ) -> Callable[..., Any]:
         """Inductor's code; one rank of a host generates it, the others load it from the cache it filled."""
-        inputs = [(tuple(n.meta["val"].shape), n.meta["val"].stride(), str(n.meta["val"].dtype)) if isinstance(n.meta.get("val"), torch.Tensor)
-                  else str(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]  # fmt: skip
-        text = (
-            gm.print_readable(print_output=False, include_stride=True)
-            + repr(inputs)
-            + self.engine.plan.key
-            + torch.__version__
-        )
+        inputs = [_described(node.meta.get("val")) for node in gm.graph.nodes if node.op == "placeholder"]
+        program = gm.print_readable(print_output=False, include_stride=True)
+        text = "\n".join((program, *inputs, self.engine.plan.key, torch.__version__))
         key = f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.{'b' if details.get('is_backward') else 'f'}"
 
         def make() -> Any:
@@ -159,6 +154,10 @@ class Compilation:
         from zcompile.debug.dump import Dump
 
         return Dump(folder, self.engine.runtime.rank, self.number)
+
+
+def _described(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.stride()} {value.dtype}" if isinstance(value, torch.Tensor) else str(value)
 
 
 def default_decompositions() -> dict[Any, Any]:

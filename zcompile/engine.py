@@ -15,10 +15,11 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from zcompile import transfers
 from zcompile._torch_compat import all_gather, many_graphs, wrap_local
@@ -196,7 +197,7 @@ class Engine:
     # -- staleness -------------------------------------------------------------------------------------------------------------
 
     def mark_written(self) -> None:
-        """The masters were written in a way torch does not count (`p.data`, another library): refresh every copy before the next forward."""
+        """The masters were written in a way torch does not count (`p.data`, another library): the next forward refreshes."""
         for unit in self.units:
             unit.writes += 1
 
@@ -235,9 +236,7 @@ class Engine:
         rows = self.runtime.agreement.exchange([program.identity], step=f"a {program.stage}", timeout=patience)
         if all(row[0] == program.identity for row in rows):
             return
-        self.runtime.agreement.compare(
-            f"collectives of this {program.stage}", [f"{e.transfer} {e.op} over {e.level}, {e.dtype}, {e.bytes} bytes, of {', '.join(e.parameters)}" for e in program.collectives]
-        )  # fmt: skip
+        self.runtime.agreement.compare(f"collectives of this {program.stage}", [str(entry) for entry in program.collectives])
         raise RuntimeError(f"zcompile: the ranks run different graphs ({program.name}), but their lists read the same")
 
     def main_grad(self, slot: Slot) -> Tensor:
@@ -257,7 +256,7 @@ class Engine:
         """The whole parameter, fp32, from the masters on all ranks; every rank calls it. Not a transfer of a step: not counted."""
         layout = slot.spec.layout
         x = slot.unit.master.narrow(0, slot.spec.offset, layout.shard).clone()
-        mesh = slot.master.device_mesh
+        mesh = cast(DTensor, slot.master).device_mesh
         for level in range(slot.spec.o, 0, -1):
             size = slot.spec.sizes[level - 1]
             if size > 1 and x.numel():

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def _flat_weights(self: nn.RNNBase) -> list[Tensor]:
 
 
 @functools.cache
-def _subclass(cls: type[nn.Module], names: tuple[str, ...], root: bool) -> type[nn.Module]:
+def _subclass(cls: Any, names: tuple[str, ...], root: bool) -> type[nn.Module]:
     body: dict[str, Any] = {name: _weight(name) for name in names}
     body.update(__qualname__=cls.__qualname__, __module__=cls.__module__, __doc__=cls.__doc__)
     if issubclass(cls, nn.RNNBase):
@@ -65,7 +65,8 @@ def _subclass(cls: type[nn.Module], names: tuple[str, ...], root: bool) -> type[
     if root:
         body["forward"] = _forward(cls.forward)
     bases: tuple[type, ...] = (Root, cls) if root else (cls,)
-    return type(cls)(cls.__name__, bases, body)
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, bases, body)
 
 
 class Root:
@@ -154,15 +155,15 @@ def install(model: nn.Module, engine: Engine) -> None:
     for module, slots in by_module.items():
         object.__setattr__(module, "_zc_slots", slots)
         if module is not model:
-            module.__class__ = _subclass(type(module), tuple(slots), False)
+            module.__class__ = _subclass(cast(Any, type(module)), tuple(slots), False)
         module.register_load_state_dict_pre_hook(functools.partial(_accept_plain, engine))
     object.__setattr__(model, "_zc_engine", engine)
-    model.__class__ = _subclass(type(model), tuple(by_module.get(model, {})), True)
+    model.__class__ = _subclass(cast(Any, type(model)), tuple(by_module.get(model, {})), True)
 
 
 def _accept_plain(engine: Engine, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Before a module loads: plain tensors become the shards that this rank owns. No communication."""
-    slots: dict[str, Slot] = module._zc_slots
+    slots: dict[str, Slot] = vars(module)["_zc_slots"]
     for attribute, slot in slots.items():
         value = state.get(prefix + attribute)
         if (

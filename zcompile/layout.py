@@ -21,6 +21,7 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 
 def extents(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -186,7 +187,7 @@ class ParamSpec:
     @staticmethod
     @cache
     def parse(text: str) -> ParamSpec:
-        values = [tuple(v) if isinstance(v, list) else v for v in json.loads(text)]
+        values: list[Any] = [tuple(v) if isinstance(v, list) else v for v in json.loads(text)]
         return ParamSpec(*values)
 
     def role(self, level: int, transfer: str) -> str:

@@ -183,7 +183,7 @@ def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: t
             ).layout.shard
         specs = []
         for (_, fields), offset in zip(run, offsets, strict=True):
-            wires = {t: tuple(f.torch_name for f in plan.formats(t)) for t in ("gather", "reduce", "sync", "back")}
+            wires: dict[str, Any] = {t: tuple(f.torch_name for f in plan.formats(t)) for t in ("gather", "reduce", "sync", "back")}
             if fields["compute"] != plan.compute:  # a parameter that keeps a wider dtype than the rest sends that
                 wires["gather"] = tuple(fields["compute"] for _ in wires["gather"])
             specs.append(ParamSpec(**fields, **wires, unit=unit_name, offset=offset, unit_shard=total))

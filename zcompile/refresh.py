@@ -86,7 +86,7 @@ class Refresher:
             with torch.no_grad():
                 run_hops(unit)
         except Exception as error:
-            future.set_exception(error)
+            future.set_exception(error)  # type: ignore[arg-type]
         else:
             future.set_result(unit.copy)
 

@@ -67,6 +67,8 @@ class Decoder(nn.Module):
         self.head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
         rotary = shape.hidden // shape.heads // 4 // 2
         angles = torch.outer(torch.arange(shape.sequence), 10000 ** (-torch.arange(rotary) / max(rotary, 1)))
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 

@@ -53,7 +53,7 @@ def trace(
         begin = time.perf_counter()
         with torch.device("meta"):
             module = Decoder(shape)
-        wrapped = hierarchical_zero(module, topology=levels, plan=plan, compute_dtype=compute_dtype, codegen=False, fullgraph=True)
+        wrapped: Any = hierarchical_zero(module, topology=levels, plan=plan, compute_dtype=compute_dtype, codegen=False, fullgraph=True)
         wrapped_at = time.perf_counter()
         tokens = torch.zeros(micro_batch, length + 1, dtype=torch.int64, device="meta")
         forward = backward = 0.0

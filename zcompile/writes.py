@@ -28,6 +28,7 @@ def watch(slots: list[Slot]) -> None:
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    references = {getattr(p, _UNIT, None) for group in optimizer.param_groups for p in group["params"]} - {None}
-    for unit in {reference() for reference in references} - {None}:
-        unit.writes += 1
+    found = {getattr(p, _UNIT, None) for group in optimizer.param_groups for p in group["params"]}
+    for reference in found:
+        if reference is not None and (unit := reference()) is not None:
+            unit.writes += 1
