@@ -143,9 +143,10 @@ def _what(node: Node, inputs: Mapping[str, str]) -> str:
 def _semantic(node: Node) -> str:
     spec, transfer = spec_of(node), TRANSFER[node.target]
     hops = []
-    for level, wire in cost.transfer_levels(spec, transfer):
+    for number, (level, wire) in enumerate(cost.transfer_levels(spec, transfer)):
+        back = "back " if transfer == "sync" and number >= len(spec.sizes) - spec.g else ""
         if amount := cost.hop_bytes(spec.layout, level, cost.ITEMSIZE[wire]):
-            hops.append(f"{spec.levels[level - 1]} {size(amount)} {dtype(wire)}")
+            hops.append(f"{back}{spec.levels[level - 1]} {size(amount)} {dtype(wire)}")
     operand = "" if node.target is GATHER else f" of {_argument(node.args[0])}"
     phase = f", {node.args[4]}" if node.target is GATHER else ""
     message = f"   message {node.meta['zc_bucket']}" if "zc_bucket" in node.meta else ""
