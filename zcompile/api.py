@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
@@ -19,7 +20,7 @@ from zcompile.front import Root, install, whole_call
 from zcompile.launcher import init_from_launcher, topology_of_job
 from zcompile.options import Options
 from zcompile.params import named_owners
-from zcompile.plan import Plan
+from zcompile.plan import Plan, ResolvedPlan
 from zcompile.runtime import Runtime
 from zcompile.topology import Topology
 
@@ -118,6 +119,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
     _agree(runtime, model, resolved, compute, options)
     if device.type != "meta":
         _same_start(runtime, model, options)
+    _say_what_moved(runtime, resolved)
     engine = Engine(model, resolved, runtime, compute, compute_dtype, options)
     install(model, engine)
     if compile:
@@ -125,6 +127,13 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
             whole_call(model), backend=hierarchical_zero_backend, fullgraph=options.fullgraph, dynamic=options.dynamic
         )
     return model
+
+
+def _say_what_moved(runtime: Runtime, plan: ResolvedPlan) -> None:
+    """A level that the topology lacks was replaced by the next slower one: print the resolved plan, once."""
+    names = ("whole", "world", *runtime.topology.names)
+    if runtime.rank == 0 and any(place not in names for place in plan.plan.placements().values()):
+        print(f"zcompile: {plan.describe()}", file=sys.stderr, flush=True)
 
 
 def _check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -170,7 +179,7 @@ def _refuse_optimizers(model: nn.Module) -> None:
             for group in thing.param_groups:
                 if any(id(p) in ours for p in group["params"]):
                     raise ValueError(
-                        f"hierarchical_zero: a {type(thing).__name__} was made from this model's parameters before it was wrapped: it would step "
+                        f"hierarchical_zero: a {type(thing).__name__} was made from this model's parameters before wrapping; it would step "
                         "tensors that are no longer used. Wrap first, then make the optimizer from model.parameters()."
                     )
 

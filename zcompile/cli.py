@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 COMMANDS = {
     "verify": (
         "zcompile.verify",
         "train a small model under every preset and compare it with DDP and with the eager reference",
     ),
+    "trace": (
+        "zcompile.trace",
+        "compile a named model for a machine that exists on paper: no GPU, no allocation; seconds, memory, bytes per level",
+    ),
+    "overhead": (
+        "zcompile.overhead",
+        "one process, 1x1x1, against plain torch.compile: step time and memory, side by side",
+    ),
 }
 """name -> (module with `add_arguments(parser)` and `command(arguments) -> exit code`, one line of help)"""
+
+
+def write_json(result: Any, target: str | None) -> bool:
+    """Write `result` to the file `target` ("-": standard output); False if there is none."""
+    if target is None:
+        return False
+    text = json.dumps(result, indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        Path(target).write_text(text)
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

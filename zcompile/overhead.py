@@ -5,7 +5,9 @@ Both models are compiled once, then stepped in turn (A B A B ...), forward, back
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from zcompile.api import hierarchical_zero
+from zcompile.cli import write_json
 from zcompile.shapes import Decoder, Shape
 
 
@@ -56,7 +59,10 @@ def measure(hidden: int = 512, layers: int = 4, batch: int = 4, sequence: int = 
     return {
         "ratio": statistics.median(ratios),
         "middle_half": [ratios[quarter], ratios[-1 - quarter]],
-        "seconds": {"plain": statistics.median(a for a, _ in pairs), "zcompile": statistics.median(b for _, b in pairs)},
+        "seconds": {
+            "plain": statistics.median(a for a, _ in pairs),
+            "zcompile": statistics.median(b for _, b in pairs),
+        },
         "loss": {"plain": plain.loss, "zcompile": ours.loss},  # type: ignore[attr-defined]
         "peak_bytes": {"plain": _peak(plain), "zcompile": _peak(ours)},
         "state_bytes": {"plain": plain.state(), "zcompile": ours.state()},  # type: ignore[attr-defined]
@@ -78,5 +84,36 @@ def _peak(step: Callable[[], Any]) -> int:
 
 def _state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     tensors = [p.detach() for p in model.parameters()]
-    tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.dim()]
+    tensors += [
+        t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.dim()
+    ]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hidden", type=int, default=512, help="width of the decoder (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="its blocks (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="samples per step (default: %(default)s)")
+    parser.add_argument("--sequence", type=int, default=128, help="tokens per sample (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="measured pairs of steps (default: %(default)s)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the result there ('-': standard output) instead of printing lines"
+    )
+
+
+def command(arguments: argparse.Namespace) -> int:
+    if (
+        arguments.hidden % 64
+        or min(arguments.hidden, arguments.layers, arguments.batch, arguments.sequence, arguments.steps) < 1
+    ):
+        print("zcompile overhead: --hidden must be a multiple of 64, the others at least 1", file=sys.stderr)
+        return 2
+    result = measure(arguments.hidden, arguments.layers, arguments.batch, arguments.sequence, arguments.steps)
+    if not write_json(result, arguments.json):
+        low, high = result["middle_half"]
+        print(
+            f"step time zcompile : plain = {result['ratio']:.4f} (middle half {low:.4f} to {high:.4f}, {result['steps']} pairs)"
+        )
+        for name in ("seconds", "peak_bytes", "state_bytes", "loss"):
+            print(f"{name}: plain {result[name]['plain']}, zcompile {result[name]['zcompile']}")
+    return 0

@@ -6,7 +6,9 @@ backend, the passes and the checks are those of a real job, code generation asid
 
 from __future__ import annotations
 
+import argparse
 import resource
+import sys
 import time
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from zcompile.api import hierarchical_zero, ledger
+from zcompile.cli import write_json
 from zcompile.plan import Plan
 from zcompile.shapes import SHAPES, Decoder
 from zcompile.topology import Topology
@@ -53,7 +56,9 @@ def trace(
         begin = time.perf_counter()
         with torch.device("meta"):
             module = Decoder(shape)
-        wrapped: Any = hierarchical_zero(module, topology=levels, plan=plan, compute_dtype=compute_dtype, codegen=False, fullgraph=True)
+        wrapped: Any = hierarchical_zero(
+            module, topology=levels, plan=plan, compute_dtype=compute_dtype, codegen=False, fullgraph=True
+        )
         wrapped_at = time.perf_counter()
         tokens = torch.zeros(micro_batch, length + 1, dtype=torch.int64, device="meta")
         forward = backward = 0.0
@@ -84,3 +89,43 @@ def trace(
         }
     finally:
         dist.destroy_process_group()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="gpt-neox-20b", help=f"one of {', '.join(SHAPES)} (default: %(default)s)")
+    parser.add_argument(
+        "--topology", default="frontier:48", help="a machine or sizes, fastest first (default: %(default)s)"
+    )
+    parser.add_argument("--plan", default="zero_topo", help="a preset (default: %(default)s)")
+    parser.add_argument("--sequence", type=int, help="tokens per sample (default: the model's)")
+    parser.add_argument("--micro-batch", type=int, default=1, help="samples per rank (default: %(default)s)")
+    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches per step (default: %(default)s)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the result there ('-': standard output) instead of printing lines"
+    )
+
+
+def command(arguments: argparse.Namespace) -> int:
+    try:
+        result = trace(
+            arguments.model,
+            arguments.topology,
+            arguments.plan,
+            arguments.sequence,
+            arguments.micro_batch,
+            micro_batches=arguments.micro_batches,
+        )
+    except ValueError as error:
+        print(f"zcompile trace: {error}", file=sys.stderr)
+        return 2
+    if write_json(result, arguments.json):
+        return 0
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items())
+    print(
+        f"{result['model']}: {result['parameters']:,} parameters, {result['plan']} on {result['topology']} ({result['ranks']} ranks)"
+    )
+    print(f"{seconds}; {result['peak_bytes'] / 1e9:.2f} GB")
+    for level, transfers in result["ledger"]["levels"].items():
+        row = ", ".join(f"{name} {columns['compiled'] / 1e9:.3f} GB" for name, columns in transfers.items())
+        print(f"  {level}: {row}")
+    return 0
