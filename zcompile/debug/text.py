@@ -22,7 +22,7 @@ from zcompile import cost
 from zcompile.ops import ACCUMULATE
 from zcompile.passes.nodes import COLLECTIVES, GATHER, REDUCE, SEMANTIC, SYNC, WAIT, collective_of, find, spec_of
 
-TRANSFER = {GATHER: "gather", REDUCE: "reduce", SYNC: "sync"}
+TRANSFER: dict[Any, str] = {GATHER: "gather", REDUCE: "reduce", SYNC: "sync"}
 DTYPES = {
     "float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16",
     "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8",
