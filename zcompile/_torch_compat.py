@@ -236,12 +236,15 @@ def compile_fx(
     decompositions: dict[Any, Any] | None,
 ) -> Any:
     """Inductor's entry: AOTAutograd, joint passes, partition; `half` is called with each half where Inductor's own compiler would be."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx as entry
+
+    known = {key: value for key, value in patches.items() if hasattr(config, key)}  # a switch it lacks cannot be in the way
 
     def inner(graph: Any, example_inputs: Any, **details: Any) -> Any:
         return half(graph, example_inputs, **details)
 
-    return entry(gm, inputs, inner_compile=inner, config_patches=patches, decompositions=decompositions)
+    return entry(gm, inputs, inner_compile=inner, config_patches=known, decompositions=decompositions)
 
 
 def compile_fx_inner(gm: Any, inputs: Sequence[Any], **details: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import traffic
+from zcompile import optimizers, traffic
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.engine import Engine
 from zcompile.front import Root, install, whole_call
@@ -122,6 +121,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
     _say_what_moved(runtime, resolved)
     engine = Engine(model, resolved, runtime, compute, compute_dtype, options)
     install(model, engine)
+    optimizers.guard()
     if compile:
         engine.compiled = torch.compile(
             whole_call(model), backend=hierarchical_zero_backend, fullgraph=options.fullgraph, dynamic=options.dynamic
@@ -166,22 +166,8 @@ def _check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> dict[st
         raise ValueError(
             f"hierarchical_zero: the parameters are on several devices ({', '.join(sorted(map(str, devices)))}); move the model to one"
         )
-    _refuse_optimizers(model)
+    optimizers.refuse_earlier(model)
     return compute
-
-
-def _refuse_optimizers(model: nn.Module) -> None:
-    ours = {id(p) for p in model.parameters()}
-    for thing in gc.get_objects():
-        if issubclass(
-            type(thing), torch.optim.Optimizer
-        ):  # isinstance would follow a weak proxy, and raise where it is dead
-            for group in thing.param_groups:
-                if any(id(p) in ours for p in group["params"]):
-                    raise ValueError(
-                        f"hierarchical_zero: a {type(thing).__name__} was made from this model's parameters before wrapping; it would step "
-                        "tensors that are no longer used. Wrap first, then make the optimizer from model.parameters()."
-                    )
 
 
 def _agree(runtime: Runtime, model: nn.Module, plan: Any, compute: dict[str, torch.dtype], options: Options) -> None:

@@ -14,6 +14,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +70,11 @@ def hierarchical_zero_backend(gm: GraphModule, example_inputs: Sequence[Any], *,
 
 
 hierarchical_zero_backend.is_hierarchical_zero = True  # type: ignore[attr-defined]
+
+# An installed package has entry points for its names; a source tree on the path has not.
+for _name in ("hierarchical_zero", "zcompile"):
+    if not entry_points(group="torch_dynamo_backends", name=_name):
+        torch._dynamo.register_backend(hierarchical_zero_backend, name=_name)  # type: ignore[attr-defined]
 
 
 class Compilation:

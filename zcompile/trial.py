@@ -40,7 +40,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
 
 
 class Awkward(nn.Module):
-    """[2, 7] tokens -> loss. Rows 37, 13, 10, 3 and 1, none of which 8 divides; one weight is tied, one read twice, one is a scalar."""
+    """[2, 7] tokens -> loss. Rows 37, 13, 10 and 1, none of which 8 divides; one weight is tied, one read twice, one is a scalar."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,6 @@ class Awkward(nn.Module):
         self.norm = nn.LayerNorm(HIDDEN)
         self.up = nn.Linear(HIDDEN, 13)
         self.down = nn.Linear(13, HIDDEN, bias=False)
-        self.three = nn.Parameter(torch.tensor([0.5, 0.3, 0.2]))
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
         self.head.weight = self.embed.weight
@@ -58,7 +57,7 @@ class Awkward(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens[:, :-1])
         x = self.norm(x + torch.tanh(self.cell(self.cell(x))))
-        x = x + self.three.sum() * self.scale * self.down(F.relu(self.up(x)))
+        x = x + self.scale * self.down(F.relu(self.up(x)))
         return F.cross_entropy(self.head(x).flatten(0, 1), tokens[:, 1:].flatten())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import batch, both, graphs, ours, received, replicas, same, square, theirs, train, twins
+from support.training import batch, both, graphs, received, replicas, same, square, theirs, train, twins
 from torch import Tensor, nn
 
 from zcompile import full_state_dict
@@ -246,64 +246,6 @@ def _exception(rank: int, mode: str) -> None:
 @TWO
 def test_an_exception_in_a_forward_and_the_next_forward(ranks: Any, mode: str) -> None:
     ranks(WORLD).run(_exception, mode)
-
-
-ELEMENTWISE: dict[str, tuple[Any, dict[str, Any]]] = {
-    "momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
-    "adamw": (torch.optim.AdamW, {"lr": 0.01, "foreach": False}),
-    "adamw foreach": (torch.optim.AdamW, {"lr": 0.01, "foreach": True}),
-    "adamw fused": (torch.optim.AdamW, {"lr": 0.01, "fused": True}),
-    "adam amsgrad": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}),
-    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "centered": True}),
-    "adagrad": (torch.optim.Adagrad, {"lr": 0.05}),
-    "adamax": (torch.optim.Adamax, {"lr": 0.01}),
-    "nadam": (torch.optim.NAdam, {"lr": 0.01}),
-    "radam": (torch.optim.RAdam, {"lr": 0.01}),
-    "adadelta": (torch.optim.Adadelta, {"lr": 0.5}),
-    "asgd": (torch.optim.ASGD, {"lr": 0.01}),
-}
-
-
-def _optimizer(rank: int, name: str) -> None:
-    cls, settings = ELEMENTWISE[name]
-    model, dense = twins(mlp, "eager")
-
-    def groups(model: nn.Module) -> list[dict[str, Any]]:
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        rest = [p for p in model.parameters() if p.dim() <= 1]
-        return [{"params": matrices}, {"params": rest, "lr": settings["lr"] / 2}]
-
-    optimizers = [cls(groups(m), **settings) for m in (model, dense)]
-    for number in range(4):
-        both_close(model, dense, number)
-        step(optimizers)
-    # Updates divided by the root of a tiny gradient's square magnify the last bit of the order of sums.
-    same(model, dense, 2e-5)
-
-
-def both_close(model: Any, dense: nn.Module, number: int) -> None:
-    torch.testing.assert_close(ours(model, LOSS, number), theirs(dense, LOSS, number), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ELEMENTWISE)
-def test_element_wise_optimizers_with_groups_of_their_own(ranks: Any, name: str) -> None:
-    ranks(WORLD).run(_optimizer, name)
-
-
-def _clipped(rank: int) -> None:
-    model, dense = twins(mlp, "eager")
-    optimizers = sgd(model, dense)
-    for number in range(2):
-        both(model, dense, LOSS, number)
-        mine = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        other = torch.nn.utils.clip_grad_norm_(dense.parameters(), 0.1)
-        torch.testing.assert_close(mine.full_tensor(), other, rtol=1e-6, atol=1e-7)
-        step(optimizers)
-        same(model, dense)
-
-
-def test_torchs_own_clipping_sees_the_whole_norm(ranks: Any) -> None:
-    ranks(WORLD).run(_clipped)
 
 
 def _nan(rank: int, mode: str) -> None:
