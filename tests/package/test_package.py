@@ -160,7 +160,7 @@ def test_wheel_from_sdist_holds_each_module_once(tree: Path, built: tuple[Path, 
 
 
 @pytest.mark.slow
-def test_wheel_imports_from_a_target_of_its_own(built: tuple[Path, Path], tmp_path: Path) -> None:
+def test_wheel_from_sdist_imports_and_trains(built: tuple[Path, Path], tmp_path: Path) -> None:
     pip("--target", str(tmp_path), str(built[1]))
     code = NOT_OURS.format(root=str(tmp_path)) + (
         "import zcompile, zcompile.passes, zcompile.kernels, zcompile.backend, zcompile.cli\n"
@@ -169,6 +169,18 @@ def test_wheel_imports_from_a_target_of_its_own(built: tuple[Path, Path], tmp_pa
         f"    assert module.__file__.startswith({str(tmp_path)!r}), module.__file__\n"
         "found = registry.lookup_backend('hierarchical_zero')\n"
         "assert found is zcompile.backend.hierarchical_zero_backend\n"
+        "import torch\n"
+        "model = zcompile.hierarchical_zero(torch.nn.Linear(4, 3), topology='1x1x1', codegen=False)\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.01)\n"
+        "losses = []\n"
+        "for _ in range(3):\n"
+        "    loss = model(torch.ones(2, 4)).square().sum()\n"
+        "    loss.backward()\n"
+        "    optimizer.step()\n"
+        "    optimizer.zero_grad()\n"
+        "    losses.append(loss.item())\n"
+        "assert losses[2] < losses[1] < losses[0], losses\n"
+        "assert [p.stage for p in model.zero.programs] == ['forward', 'backward']\n"
     )
     python(code, cwd=tmp_path.parent, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
 
