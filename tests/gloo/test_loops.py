@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import batch, both, graphs, received, replicas, same, square, theirs, train, twins
+from support.training import batch, both, graphs, mlp, received, replicas, same, sgd, square, step, theirs, train, twins
 from torch import Tensor, nn
 
 from zcompile import full_state_dict
@@ -16,21 +16,7 @@ WORLD = 4
 TWO = pytest.mark.parametrize("mode", ["eager", "graph"])
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5), nn.LayerNorm(5), nn.Linear(5, 3))
-
-
 LOSS = square(4, 7)
-
-
-def sgd(*models: nn.Module) -> list[torch.optim.SGD]:
-    return [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1) for model in models]
-
-
-def step(optimizers: list[Any]) -> None:
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 class Branches(nn.Module):

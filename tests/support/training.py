@@ -6,7 +6,7 @@ The twin sees every rank's batch, with the mean of the ranks' losses, so after e
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,21 @@ def replicas(model: Any) -> None:
             other = first.setdefault((name, index), shard)
             equal = torch.equal(other.view(torch.int32), shard.view(torch.int32))
             assert equal, f"replicas of shard {index} of {name} differ"
+
+
+def mlp() -> nn.Module:
+    """Seven features in, three out; sizes that two and four do not divide."""
+    return nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+
+
+def sgd(*models: nn.Module) -> list[torch.optim.SGD]:
+    return [torch.optim.SGD(trained(model), lr=0.1) for model in models]
+
+
+def step(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def graphs(model: Any) -> list[str]:
