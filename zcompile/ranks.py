@@ -9,6 +9,7 @@ run(fn, 4, *args)            -> the same in processes of its own, for functions 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import multiprocessing
@@ -123,7 +124,7 @@ class Pool:
         # The server imports once, and each rank is a fork of it: milliseconds instead of seconds.
         # None of these imports starts a thread.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "zcompile.runtime"])
+        context.set_forkserver_preload(["torch.distributed.tensor", "torch._inductor.compile_fx", "zcompile.api"])
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world):
             ours, theirs = context.Pipe()
@@ -161,6 +162,7 @@ def run(
 def _serve(pipe: Connection, rank: int, world: int, port: int, backend: str | None, stacks: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 (open for the process's life)
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays: collections during a compile need not look at it
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if backend is not None:
         store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)

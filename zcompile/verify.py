@@ -235,7 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps of each run (default: {STEPS})")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--codegen", dest="mode", action="store_const", const="code", default="graph",
-                     help="a covering dozen of the cells, compiled by Inductor (without: Dynamo and all passes, no code generation)")  # fmt: skip
+                     help="a covering dozen of the cells, through Inductor (without: Dynamo and all passes only)")  # fmt: skip
     how.add_argument("--eager", dest="mode", action="store_const", const="eager", help="without a compiler")
 
 
