@@ -117,10 +117,14 @@ class Engine:
         Returns:
             what `end` or `abandon` puts back.
         """
-        self._check_unchanged()
         phase = self._phase()
-        self._check_written()
-        stale = self._agree(phase, [unit.stale for unit in self.units])
+        refusal: Exception | None = None
+        try:
+            self._check_unchanged()
+            self._check_written()
+        except Exception as error:  # raised after the others were told, who would wait for this rank otherwise
+            refusal = error
+        stale = self._agree(phase, [unit.stale for unit in self.units], refusal)
         self.traffic.start(evaluation=phase == NONE)
         old = [unit for unit, is_old in zip(self.units, stale, strict=True) if is_old]
         self.refresher.launch(old)
@@ -159,12 +163,18 @@ class Engine:
             return ACCUMULATE
         return SYNC if self.window.mains else DIRECT
 
-    def _agree(self, phase: str, stale: Sequence[bool]) -> list[bool]:
-        """Which units are stale on any rank. A rank in another phase is an error on every rank, before any transfer."""
-        words = [PHASES.index(phase)]
+    def _agree(self, phase: str, stale: Sequence[bool], refusal: Exception | None) -> list[bool]:
+        """Which units are stale on any rank. A rank that refuses or is in another phase is an error on every rank."""
+        refused = len(PHASES)
+        words = [PHASES.index(phase) if refusal is None else refused]
         for start in range(0, len(stale), 62):
             words.append(sum(1 << i for i, old in enumerate(stale[start : start + 62]) if old))
-        rows = self.runtime.agreement.exchange(words)
+        rows = self.runtime.agreement.exchange(words, step="the start of a forward")
+        if refusal is not None:
+            raise refusal
+        other = next((rank for rank, row in enumerate(rows) if row[0] == refused), None)
+        if other is not None:
+            raise RuntimeError(f"zcompile: rank {other} refused this forward; its own error says why")
         phases = [PHASES[row[0]] for row in rows]
         if len(set(phases)) > 1:
             odd = next(rank for rank, other in enumerate(phases) if other != phases[0])
