@@ -129,6 +129,7 @@ class Engine:
         old = [unit for unit, is_old in zip(self.units, stale, strict=True) if is_old]
         self.refresher.launch(old)
         self.traffic.refreshed(old)
+        self._check_fresh()
         call = _Call(self, phase)
         call.open()
         before = _Before(READING.engine, READING.phase, self.call, contextlib.ExitStack())
@@ -229,6 +230,15 @@ class Engine:
                     "are stale. Call zcompile.mark_written(model) after such a write."
                 )
             self._checksums[unit] = now
+
+    def _check_fresh(self) -> None:
+        """Every refresh that was needed has been launched: no gather reads an old copy."""
+        for unit in self.units:
+            if unit.stale:
+                raise RuntimeError(
+                    f"zcompile: the compute copy of {', '.join(s.name for s in unit.slots[:3])}, ... is of version {unit.seen}, the master "
+                    f"of version {unit.version}: a refresh is missing. This is a fault of zcompile."
+                )
 
     def versions(self) -> list[int]:
         return [unit.version for unit in self.units]

@@ -34,6 +34,8 @@ class Slot:
     unit: Unit
     master: nn.Parameter
     text: str
+    shard: Tensor = field(init=False)
+    """The master's own local tensor, for its version counter."""
     leaf: Tensor | None = None
     token: Tensor | None = None
     """What an accumulating forward reads through: see Note [Tokens] in zcompile.ops."""
@@ -78,8 +80,8 @@ class Unit:
 
     @property
     def version(self) -> int:
-        """Moves with every write that torch counts: to a master DTensor (the wrapper counts, not its local tensor) or to its local view."""
-        return self.writes + self.master._version + sum(slot.master._version for slot in self.slots)
+        """Moves with every write that torch counts: to a master DTensor, to its local tensor (each counts its own), to our buffer."""
+        return self.writes + self.master._version + sum(s.master._version + s.shard._version for s in self.slots)
 
     @property
     def stale(self) -> bool:
@@ -221,10 +223,18 @@ def _slot(
         master = DTensor.from_local(
             local, mesh, placements(spec), run_check=False, shape=torch.Size(layout.shape), stride=stride
         )
-    slot.master = nn.Parameter(master, requires_grad=plain.requires_grad)
+        slot.master = nn.Parameter(master, requires_grad=plain.requires_grad)
+        slot.shard = master_shard(slot.master)
     _keep_marks(plain, slot.master)
     plain.data = plain.new_empty(0)
     return slot
+
+
+def master_shard(master: Any) -> Tensor:
+    """The local tensor of a DTensor itself: with gradients enabled `to_local` would return a view with a counter of its own."""
+    with torch.no_grad():
+        local: Tensor = master.to_local()
+    return local
 
 
 def _keep_marks(plain: nn.Parameter, master: nn.Parameter) -> None:
