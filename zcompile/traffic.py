@@ -96,7 +96,7 @@ class Traffic:
 
     def _own(self) -> None:
         """Book what was counted so far to the model it belongs to, and what is counted from here on to this one."""
-        owner = self._counted.owner and self._counted.owner()
+        owner = None if self._counted.owner is None else self._counted.owner()
         if owner is None:
             self._counted.mark = self._now()
         else:

@@ -6,8 +6,10 @@ All of it is deterministic: any rank can make any rank's batch, so the reference
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import io
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -207,7 +209,8 @@ def run(
     begin = time.perf_counter()
     plain = fresh(model)
     start = copy.deepcopy(plain.state_dict())
-    sharded = hierarchical_zero(plain, topology=topology, plan=plan, **MODES[mode])
+    with contextlib.redirect_stderr(io.StringIO()):  # what the plan resolved to is in the report
+        sharded = hierarchical_zero(plain, topology=topology, plan=plan, **MODES[mode])
     out = []
     for (optimizer, k), reference in zip(runs, expected, strict=True):
         outcome = Outcome(optimizer, k)
@@ -241,7 +244,7 @@ def _train(model: Any, out: Outcome, dense: Trajectory, reference: Trajectory, s
                 continue
             if not torch.equal(mine, found[rows]):
                 out.bits = out.bits or f"step {step}: {name} differs by {float((mine - found[rows]).abs().max()):.2g}"
-            out.parameter_error = max(out.parameter_error, float((mine - there[rows]).abs().max()))
+            out.parameter_error = worst((out.parameter_error, float((mine - there[rows]).abs().max())))
         sums.append(torch.stack([_checksum(mine) for mine, _ in _owned(model).values()]))
     unequal = (losses[:, rank] != reference.losses[:, rank]).any(1).nonzero()
     if len(unequal):
@@ -251,9 +254,14 @@ def _train(model: Any, out: Outcome, dense: Trajectory, reference: Trajectory, s
     out.loss_error = float(((mean - expected) / expected).abs().max())
     _check_replicas(model, out, torch.stack(sums))
     for name, whole in full_state_dict(model).items():
-        found = reference.parameters.get(name)
-        if found is not None and not torch.equal(whole, found[-1]):
+        history = reference.parameters.get(name)
+        if history is not None and not torch.equal(whole, history[-1]):
             out.bits = out.bits or f"full_state_dict: {name} differs, though each shard is right"
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest; NaN if one is."""
+    return float(torch.tensor(list(errors), dtype=torch.float64).max())
 
 
 def _owned(model: Any) -> dict[str, tuple[Tensor, Any]]:
