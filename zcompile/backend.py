@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
@@ -40,8 +40,6 @@ from zcompile.program import Program
 
 if TYPE_CHECKING:
     from zcompile.debug.dump import Dump
-
-LOG = logging.getLogger("zcompile")
 
 
 def hierarchical_zero_backend(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
@@ -124,13 +122,15 @@ class Compilation:
         program.seconds = {**context.seconds, "codegen": time.perf_counter() - begin}
         if self.options.codegen:
             program.code = "generated" if code_cache_misses() > misses else "loaded"
+            if self.engine.runtime.rank == 0:
+                taken, together = program.seconds["codegen"], sum(program.seconds.values())
+                line = (
+                    f"zcompile: {program.name}: code {program.code} in {taken:.1f} s, passes {together - taken:.1f} s"
+                )
+                print(line, file=sys.stderr, flush=True)
         if self.dump:
             context.seconds = program.seconds
             self.dump.finish(gm, context, program.code)
-        taken = program.seconds["codegen"]
-        LOG.info(
-            "%s: %s in %.2f s, passes %.2f s", program.name, program.code, taken, sum(program.seconds.values()) - taken
-        )
         self.engine.programs.append(program)
         return program.entry()
 

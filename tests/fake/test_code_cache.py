@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,7 +48,8 @@ def job(_: int, cache: str, dump: str) -> dict[str, Any]:
         check(source, expected)
         checked.append(expected)
 
-    with replaced(pin, "check_code", counted):
+    printed = io.StringIO()
+    with replaced(pin, "check_code", counted), contextlib.redirect_stderr(printed):
         model = world.wrapped(codegen=True, dump=dump)
         world.step(model)
     root = Path(dump, "rank0")
@@ -60,6 +64,7 @@ def job(_: int, cache: str, dump: str) -> dict[str, Any]:
         "origin": [program.code for program in model.zero.programs],
         "seconds": [program.seconds["codegen"] for program in model.zero.programs],
         "report": model.zero.compile_report(),
+        "printed": printed.getvalue(),
     }
 
 
@@ -169,6 +174,8 @@ def test_compile_times_are_recorded_and_reported(cold: dict[str, Any]) -> None:
     rows = [line.split() for line in cold["report"].splitlines()]
     assert [row[3] for row in rows[1:3]] == ["generated", "generated"]
     assert float(rows[1][-1]) == pytest.approx(cold["seconds"][0], abs=0.01)
+    for stage in ("forward", "backward"):
+        assert re.search(rf"zcompile: graph 0 {stage}: code generated in \d+\.\d s, passes \d+\.\d s", cold["printed"])
 
 
 def early(gm: Any, context: Any) -> None:
