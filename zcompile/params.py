@@ -185,16 +185,18 @@ def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: t
             ).layout.shard
         specs = []
         for (_, fields), offset in zip(run, offsets, strict=True):
-            wires: dict[str, Any] = {t: tuple(f.torch_name for f in plan.formats(t)) for t in ("gather", "reduce", "sync", "back")}
-            if fields["compute"] != plan.compute:  # a parameter that keeps a wider dtype than the rest sends that
-                wires["gather"] = tuple(fields["compute"] for _ in wires["gather"])
+            wires: dict[str, Any] = {
+                t: tuple(f.torch_name for f in plan.formats(t, fields["compute"]))
+                for t in ("gather", "reduce", "sync", "back")
+            }
             specs.append(ParamSpec(**fields, **wires, unit=unit_name, offset=offset, unit_shard=total))
         first, device = specs[0], run[0][0].device
         master = torch.zeros(total, dtype=MASTER, device=device)
         stored = transfers.dtype(storage_format(first))
         rows = first.layout.shards // first.layout.extents[first.w]
         copy = master if rows == 1 and stored == MASTER else torch.zeros(rows * total, dtype=stored, device=device)
-        unit = Unit(unit_name, specs, master, copy, tuple(f.torch_name for f in plan.formats("refresh")))
+        refresh = tuple(f.torch_name for f in plan.formats("refresh", first.compute))
+        unit = Unit(unit_name, specs, master, copy, refresh)
         units.append(unit)
         for (plain, _), spec in zip(run, specs, strict=True):
             slot = _slot(plain, spec, unit, mesh, coordinates, engine)

@@ -210,19 +210,23 @@ class ResolvedPlan:
         w, g, o = (min(self.topology.index(places[owner]), cap) for owner in _OWNERS)
         return w, g, o
 
-    def formats(self, transfer: str) -> tuple[WireFormat, ...]:
-        """The wire format of a transfer at each level 1..m; never "native". ValueError for an unknown transfer."""
+    def formats(self, transfer: str, compute: str = "") -> tuple[WireFormat, ...]:
+        """The wire format of a transfer at each level 1..m; never "native". ValueError for an unknown transfer.
+
+        `compute` is the dtype of a parameter that differs from the model's main one: what native means for it.
+        """
+        compute = compute or self.compute
         if transfer not in TRANSFERS:
             raise ValueError(f"unknown transfer {transfer!r}; valid: {', '.join(TRANSFERS)}")
         value: Formats | None = getattr(self.plan, transfer)
         if isinstance(value, WireFormat):
-            return (value.resolved(self.compute),) * len(self.topology.levels)
+            return (value.resolved(compute),) * len(self.topology.levels)
         if transfer in ("sync", "refresh"):
-            default = self.formats("reduce" if transfer == "sync" else "gather")
+            default = self.formats("reduce" if transfer == "sync" else "gather", compute)
         else:
-            wire = WireFormat.parse("native" if transfer == "gather" else "fp32").resolved(self.compute)
+            wire = WireFormat.parse("native" if transfer == "gather" else "fp32").resolved(compute)
             default = (wire,) * len(self.topology.levels)
-        given = {level: wire.resolved(self.compute) for level, wire in value} if isinstance(value, tuple) else {}
+        given = {level: wire.resolved(compute) for level, wire in value} if isinstance(value, tuple) else {}
         return tuple(given.get(level, wire) for level, wire in zip(self.topology.names, default, strict=True))
 
     @property
