@@ -16,6 +16,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from zcompile.writes import unit_of
+
 REFUSED = {
     "Adafactor": "it takes norms of parameters and updates with .item(), which reads one shard's part of a DTensor's norm",
     "Rprop": "it assigns through boolean masks, which DTensor has no rule for",
@@ -39,7 +41,7 @@ def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if _ours(parameter) and (name in _ANY_WORLD or _sharded(parameter)):
+            if unit_of(parameter) is not None and (name in _ANY_WORLD or _sharded(parameter)):
                 cure = (
                     "Use an element-wise optimizer (AdamW, SGD, Adagrad, ...) or torch.optim.Muon"
                     if name in _ANY_WORLD
@@ -50,10 +52,6 @@ def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
                     f"zcompile: {type(optimizer).__name__} cannot step a sharded parameter of shape {tuple(parameter.shape)}: "
                     f"{REFUSED[name]}. {cure}."
                 )
-
-
-def _ours(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "_zc_unit")
 
 
 def _sharded(parameter: nn.Parameter) -> bool:

@@ -221,6 +221,7 @@ def _slot(
         start, rows = layout.local_rows(coordinates)
         source = plain.detach()
         local.copy_(source.narrow(0, start, rows) if layout.shape else source)
+        local = at_start(local)
         stride = torch.empty(layout.shape, device="meta").stride()
         master = DTensor.from_local(
             local, mesh, placements(spec), run_check=False, shape=torch.Size(layout.shape), stride=stride
@@ -230,6 +231,16 @@ def _slot(
     _keep_marks(plain, slot.master)
     plain.data = plain.new_empty(0)
     return slot
+
+
+def at_start(local: Tensor) -> Tensor:
+    """The same memory as the whole of a storage: a DTensor whose local tensor begins inside one can be neither saved nor copied (2.13)."""
+    if local.is_meta:
+        return local
+    begin = local.storage_offset() * local.itemsize
+    part = local.untyped_storage()[begin : begin + local.numel() * local.itemsize]
+    own: Tensor = torch.empty(0, dtype=local.dtype, device=local.device).set_(part, 0, local.shape, local.stride())
+    return own
 
 
 def master_shard(master: Any) -> Tensor:

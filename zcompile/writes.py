@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from zcompile.params import Slot
+from zcompile.params import Slot, Unit
 
-_UNIT = "_zc_unit"
+_UNITS: Any = WeakTensorKeyDictionary()
+"""master -> its unit; beside the parameters and not on them, so that these can be pickled."""
 _hook: Any = None
 
 
@@ -22,13 +24,19 @@ def watch(slots: list[Slot]) -> None:
     """From now on a step of any optimizer over these masters counts as a write to their units."""
     global _hook
     for slot in slots:
-        setattr(slot.master, _UNIT, weakref.ref(slot.unit))
+        _UNITS[slot.master] = weakref.ref(slot.unit)
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_stepped)
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    found = {getattr(p, _UNIT, None) for group in optimizer.param_groups for p in group["params"]}
-    for reference in found:
-        if reference is not None and (unit := reference()) is not None:
-            unit.writes += 1
+    found = {unit_of(p) for group in optimizer.param_groups for p in group["params"]}
+    for unit in found - {None}:
+        assert unit is not None
+        unit.writes += 1
+
+
+def unit_of(parameter: torch.Tensor) -> Unit | None:
+    """The unit that holds this master; None for any other tensor."""
+    reference = _UNITS.get(parameter)
+    return None if reference is None else reference()

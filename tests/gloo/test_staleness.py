@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -177,6 +179,46 @@ def _ema(rank: int, mode: str) -> None:
 @TWO
 def test_invariant_8_f3_an_ema_swapped_in_and_out(ranks: Any, mode: str) -> None:
     ranks(WORLD).run(_ema, mode)
+
+
+def _kept_and_put_back(rank: int) -> None:
+    """What training scripts do with a state: deep copies, torch.save, strict errors; each shard saves its own bytes alone."""
+    model, dense = twins(mlp, "eager")
+    (optimizer,) = sgd(model)
+    kept = copy.deepcopy(model.state_dict())
+    file, parameters = io.BytesIO(), io.BytesIO()
+    torch.save(model.state_dict(), file)
+    torch.save(list(model.parameters()), parameters)
+    assert file.tell() < 40_000
+    copy.deepcopy(optimizer)
+    for number in range(2):
+        LOSS(model, rank, number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    file.seek(0)
+    saved = torch.load(file, weights_only=False)
+    for state in (kept, saved):
+        with torch.no_grad():
+            model[0].weight.zero_()
+        model.load_state_dict(state)
+        same(model, dense, 0.0)
+        agree(model, dense, rank)
+    for state, words in (
+        ({**kept, "more": torch.zeros(1)}, ("Unexpected key", "more")),
+        ({k: v for k, v in kept.items() if k != "2.bias"}, ("Missing key", "2.bias")),
+        ({**kept, "2.bias": torch.zeros(4)}, ("size mismatch", "2.bias")),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            model.load_state_dict(state)
+        assert all(word in str(error.value) for word in words)
+    found = model.load_state_dict({"2.bias": torch.ones(5), "more": torch.zeros(1)}, strict=False)
+    assert found.unexpected_keys == ["more"] and "0.weight" in found.missing_keys
+    dense.load_state_dict({"2.bias": torch.ones(5)}, strict=False)
+    agree(model, dense, rank)
+
+
+def test_f3_states_are_kept_saved_and_put_back(ranks: Any) -> None:
+    ranks(WORLD).run(_kept_and_put_back)
 
 
 def _frozen_not_refreshed(rank: int, mode: str) -> None:
