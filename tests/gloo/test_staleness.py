@@ -227,6 +227,7 @@ def _frozen_not_refreshed(rank: int, mode: str) -> None:
     def make() -> nn.Module:
         model = mlp()
         model[0].requires_grad_(False)
+        model[3].bias.requires_grad_(False)  # beside a weight of equal shape that is trained
         return model
 
     model, dense = twins(make, mode)
@@ -242,7 +243,7 @@ def _frozen_not_refreshed(rank: int, mode: str) -> None:
             everything = refreshed()
     trainable = refreshed()
     assert 0 < trainable < everything
-    frozen = sum(u.master.numel() * 4 for u in model.zero.units if not u.slots[0].master.requires_grad)
+    frozen = sum(slot.spec.layout.shard * 4 for slot in model.zero.slots if not slot.master.requires_grad)
     assert everything - trainable == frozen  # each rank receives the other half of a half: its own shard's size
     for m in (model, dense):
         with torch.no_grad():
