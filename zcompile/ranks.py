@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -187,6 +188,10 @@ def _function(module: str, path: str, name: str) -> Callable[..., Any]:
         spec = importlib.util.spec_from_file_location(module, path)
         assert spec is not None and spec.loader is not None, path
         sys.modules[module] = loaded = importlib.util.module_from_spec(spec)
+        parts = module.split(".")
+        for end in range(1, len(parts)):  # unpickling what the module defines imports its parents by name
+            parent = ".".join(parts[:end])
+            sys.modules.setdefault(parent, types.ModuleType(parent))
         spec.loader.exec_module(loaded)
     function: Any = sys.modules[module]
     for part in name.split("."):
