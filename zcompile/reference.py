@@ -56,9 +56,9 @@ class Order:
         numel = torch.Size(shape).numel()
         w, g, o = plan.placement(name, shape[0] if shape else 1, numel, len(shape))
         sizes = plan.topology.sizes
-        wires = {t: [f.torch_name for f in plan.formats(t)] for t in ("gather", "reduce", "sync", "refresh", "back")}
-        if compute != plan.compute:
-            wires["gather"] = [compute] * len(sizes)
+        wires = {
+            t: [f.torch_name for f in plan.formats(t, compute)] for t in ("gather", "reduce", "sync", "refresh", "back")
+        }
         travelling = [j for j in range(len(sizes)) if sizes[j] > 1 and numel]
         gathered = [wires["gather"][j] for j in reversed(travelling) if j < w]
         casts = [wires["refresh"][j] for j in reversed(travelling) if w <= j < o]

@@ -107,6 +107,12 @@ def test_weights_pass_the_casts_of_refresh_and_gather() -> None:
     assert order("2x2", "zero3", compute="bfloat16").to_weight(master).dtype == torch.bfloat16
 
 
+def test_a_parameter_of_another_dtype_than_the_rest_sends_its_own() -> None:
+    """fp32 adapters in a bf16 model: native formats are theirs."""
+    at = Order.of(resolve("2x2", "zero_topo", "bfloat16"), "adapter", (64, 1), "float32")
+    assert at.weight == () and torch.equal(at.to_weight(numbers(1)[0]), numbers(1)[0])
+
+
 def test_small_parameters_are_capped() -> None:
     assert order("2x2x2", "zero3", rows=3).reduce == ((2, "float32"),)
     assert order("2x2x2", "zero3", rows=1).reduce == ()
