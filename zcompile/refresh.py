@@ -11,6 +11,7 @@ ranks. Reductions use the other lane in backward only, and every refresh is over
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -36,43 +37,62 @@ def run_hops(unit: Unit) -> None:
     unit.copy.copy_(x)
 
 
+class _Worker:
+    """The process's one refresh thread, started when it is first needed: jobs of all models run in the order of their launch.
+
+    A daemon: a job that waits for a rank which is gone does not keep the process from ending.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, job: Callable[[], None]) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._serve, name="zcompile-refresh", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+
+    def _serve(self) -> None:
+        while True:
+            self._jobs.get()()
+
+
+_WORKER = _Worker()
+
+
 class Refresher:
-    """Launches refreshes in unit order and knows when the last one is over."""
+    """Launches one model's refreshes in unit order and knows when the last one is over."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._futures: list[torch.futures.Future[Tensor]] = []
-        self._thread: threading.Thread | None = None
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def launch(self, units: Iterable[Unit]) -> None:
         """Start the refresh of `units`, in order; their copies may be read after a wait on the copy's storage.
 
-        A unit's `seen` is the version of the master that its copy will hold.
+        A unit's `seen` is the version of the master that its copy will hold. On the meta device there is nothing to bring.
         """
         for unit in units:
             unit.seen = unit.version
-            if not unit.refresh_hops() or unit.master.is_meta:
+            if unit.master.is_meta:
+                continue
+            if not unit.refresh_hops():
                 with torch.no_grad():
-                    unit.copy.copy_(
-                        unit.master.repeat(unit.copy.numel() // unit.master.numel())
-                        if unit.master.is_meta
-                        else unit.master
-                    )
+                    unit.copy.copy_(unit.master)
                 continue
             future: torch.futures.Future[Tensor] = torch.futures.Future(
                 devices=[self._device] if self._stream else None
             )
             register_future(unit.copy, future)
             self._futures.append(future)
-            if self._stream is not None:
+            if self._stream is None:
+                _WORKER.put(functools.partial(_run, unit, future))
+            else:
                 self._stream.wait_stream(torch.cuda.current_stream(self._device))
                 with torch.cuda.stream(self._stream):
-                    self._run(unit, future)
-            else:
-                self._start()
-                self._jobs.put(lambda unit=unit, future=future: self._run(unit, future))  # type: ignore[misc]
+                    _run(unit, future)
 
     def drain(self) -> None:
         """Wait for every refresh that was launched: one that no forward read included. Raises what a refresh raised."""
@@ -80,27 +100,12 @@ class Refresher:
         for future in futures:
             future.wait()
 
-    @staticmethod
-    def _run(unit: Unit, future: torch.futures.Future[Tensor]) -> None:
-        try:
-            with torch.no_grad():
-                run_hops(unit)
-        except Exception as error:
-            future.set_exception(error)  # type: ignore[arg-type]
-        else:
-            future.set_result(unit.copy)
 
-    def _start(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._serve, name="zcompile-refresh", daemon=True)
-            self._thread.start()
-
-    def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
-
-    def close(self) -> None:
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread.join()
-            self._thread = None
+def _run(unit: Unit, future: torch.futures.Future[Tensor]) -> None:
+    try:
+        with torch.no_grad():
+            run_hops(unit)
+    except Exception as error:
+        future.set_exception(error)  # type: ignore[arg-type]
+    else:
+        future.set_result(unit.copy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -99,3 +100,14 @@ def test_transient_memory_does_not_grow_with_depth(ranks: Any) -> None:
     assert len(shallow) == 2 and all(shallow)
     assert shallow == deep
     assert max(deep) < 4 * (32 * 32 + 32) * 4, "no more than a layer or two is gathered at a time"
+
+
+def refresh_threads(rank: int) -> int:
+    for _ in range(3):
+        wrapped = hierarchical_zero(nn.Linear(8, 8), topology="2x2x2", plan="zero_topo", compile=False)
+        wrapped(torch.ones(2, 8)).sum().backward()
+    return sum(thread.name == "zcompile-refresh" for thread in threading.enumerate())
+
+
+def test_models_that_come_and_go_leave_no_threads_behind(ranks: Any) -> None:
+    assert ranks(8).run(refresh_threads) == [1] * 8
