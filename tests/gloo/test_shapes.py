@@ -70,6 +70,7 @@ def test_f18_under_every_preset(ranks: Any, plan: str) -> None:
     ranks(8).run(_odd, 8, "eager", plan, "2x2x2", 2, timeout=120)
 
 
+@pytest.mark.slow
 def test_f18_through_inductor(ranks: Any) -> None:
     ranks(2).run(_odd, 2, "code", "zero_topo", "2", 1, timeout=200)
 

@@ -19,7 +19,9 @@ BUSES = (0xC1, 0xC6, 0xC9, 0xCE, 0xD1, 0xD6, 0xD9, 0xDC)
 def job(monkeypatch: pytest.MonkeyPatch) -> Any:
     def start(gcd_of_rank: list[int], arch: str = "gfx90a:sramecc+:xnack-") -> None:
         seats = [(f"node{rank // 8}", f"0000:{BUSES[gcd]:02x}:00") for rank, gcd in enumerate(gcd_of_rank)]
-        properties = SimpleNamespace(gcnArchName=arch, pci_domain_id=0, pci_bus_id=BUSES[gcd_of_rank[0]], pci_device_id=0)
+        properties = SimpleNamespace(
+            gcnArchName=arch, pci_domain_id=0, pci_bus_id=BUSES[gcd_of_rank[0]], pci_device_id=0
+        )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
         def all_gather_object(out: list[Any], value: Any) -> None:

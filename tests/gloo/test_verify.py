@@ -147,8 +147,7 @@ WIRES = {
 
 @pytest.mark.parametrize(
     ("wires", "mode"),
-    [(wires, "eager") for wires in WIRES]
-    + [pytest.param(wires, "graph", marks=pytest.mark.slow if number else ()) for number, wires in enumerate(WIRES)],
+    [(wires, "eager") for wires in WIRES] + [pytest.param(wires, "graph", marks=pytest.mark.slow) for wires in WIRES],
 )
 def test_invariant_4_native_wires(ranks: Ranks, wires: str, mode: str) -> None:
     """Casts happen before each hop, and nowhere else: bf16 wires give the bits of a reference that casts there."""
