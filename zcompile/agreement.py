@@ -9,6 +9,7 @@ import json
 import time
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -186,3 +187,19 @@ def _ranks(ranks: list[int]) -> str:
 
 def _padded(words: list[int], length: int) -> list[int]:
     return words + [0] * (length - len(words))
+
+
+_FLAGS = 62  # flags in one word: an int64 without its sign, and one bit to spare
+
+
+def pack_flags(flags: Sequence[bool]) -> list[int]:
+    """Flags as words of an exchange; `set_anywhere` reads them."""
+    return [
+        sum(1 << i for i, flag in enumerate(flags[start : start + _FLAGS]) if flag)
+        for start in range(0, len(flags), _FLAGS)
+    ]
+
+
+def set_anywhere(rows: Sequence[Sequence[int]], count: int) -> list[bool]:
+    """Which of `count` flags some rank has set; `rows` are the packed flags of every rank."""
+    return [any(row[i // _FLAGS] >> (i % _FLAGS) & 1 for row in rows) for i in range(count)]

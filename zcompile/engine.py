@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from zcompile import transfers
 from zcompile._torch_compat import all_gather, many_graphs, wrap_local
+from zcompile.agreement import pack_flags, set_anywhere
 from zcompile.eager import flush, keep_wholes_out
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC
 from zcompile.params import MASTER, Slot, Unit, build
@@ -94,7 +95,6 @@ class Engine:
         mesh = runtime.mesh(self.device.type if self.device.type != "meta" else "cpu")
         self.units, self.slots = build(model, plan, mesh, self.coordinates, self.key, compute)
         watch(self.slots)
-        self.by_name = {slot.name: slot for slot in self.slots}
         self.synchronising = True
         self.window = Window()
         self.traffic = Traffic(self)
@@ -167,9 +167,7 @@ class Engine:
     def _agree(self, phase: str, stale: Sequence[bool], refusal: Exception | None) -> list[bool]:
         """Which units are stale on any rank. A rank that refuses or is in another phase is an error on every rank."""
         refused = len(PHASES)
-        words = [PHASES.index(phase) if refusal is None else refused]
-        for start in range(0, len(stale), 62):
-            words.append(sum(1 << i for i, old in enumerate(stale[start : start + 62]) if old))
+        words = [PHASES.index(phase) if refusal is None else refused, *pack_flags(stale)]
         rows = self.runtime.agreement.exchange(words, step="the start of a forward")
         if refusal is not None:
             raise refusal
@@ -183,10 +181,7 @@ class Engine:
                 f"zcompile: the ranks disagree about this forward: rank 0 is in phase {phases[0]!r}, rank {odd} in {phases[odd]!r} "
                 f"(none: no_grad, accumulate: under no_sync, direct/sync: otherwise). Every rank must run the same kind of micro-step."
             )
-        union = [0] * (len(words) - 1)
-        for row in rows:
-            union = [a | b for a, b in zip(union, row[1:], strict=True)]
-        return [bool(union[i // 62] >> (i % 62) & 1) for i in range(len(stale))]
+        return set_anywhere([row[1:] for row in rows], len(stale))
 
     def _check_unchanged(self) -> None:
         for slot in self.slots:
@@ -256,7 +251,9 @@ class Engine:
         rows = self.runtime.agreement.exchange([program.identity], step=f"a {program.stage}", timeout=patience)
         if all(row[0] == program.identity for row in rows):
             return
-        self.runtime.agreement.compare(f"collectives of this {program.stage}", [str(entry) for entry in program.collectives])
+        self.runtime.agreement.compare(
+            f"collectives of this {program.stage}", [str(entry) for entry in program.collectives]
+        )
         raise RuntimeError(f"zcompile: the ranks run different graphs ({program.name}), but their lists read the same")
 
     def main_grad(self, slot: Slot) -> Tensor:
@@ -383,14 +380,8 @@ class _Call:
 
     def _union(self, training: list[Slot], left: list[Slot]) -> list[bool]:
         chosen = set(left)
-        words = []
-        for start in range(0, len(training), 62):
-            words.append(sum(1 << i for i, slot in enumerate(training[start : start + 62]) if slot in chosen))
-        rows = self.engine.runtime.agreement.exchange(words)
-        union = [0] * len(words)
-        for row in rows:
-            union = [a | b for a, b in zip(union, row, strict=True)]
-        return [bool(union[i // 62] >> (i % 62) & 1) for i in range(len(training))]
+        rows = self.engine.runtime.agreement.exchange(pack_flags([slot in chosen for slot in training]))
+        return set_anywhere(rows, len(training))
 
     def _sync_main(self, slot: Slot) -> Tensor:
         main = self.window.mains[slot]

@@ -24,6 +24,7 @@ from zcompile import _torch_compat as compat
 from zcompile.agreement import Agreement, AgreementError
 from zcompile.groups import Communicators, Counters, CountingGroup, GroupError, Tally
 from zcompile.launcher import init_from_launcher
+from zcompile.layout import role_name
 from zcompile.topology import Topology
 
 __all__ = [
@@ -85,7 +86,7 @@ class Runtime:
             lanes = {lane: communicators.get(topology.key, ranks, level.name, lane) for lane in ("weights", "grads")}
             self._dimensions.append(lanes["grads"])
             for transfer, lane in LANES.items():
-                name = _role_name(topology, k, transfer)
+                name = role_name(topology.key, topology.names[k - 1], transfer)
                 self._roles[name] = CountingGroup(lanes[lane], name, level.name, transfer, self._tally)
         everybody = list(range(topology.world_size))
         group = None if self._alone else communicators.get("", everybody, "world", "agreement", backend="gloo")
@@ -137,7 +138,7 @@ class Runtime:
                 f"level {level} (`{self.topology.names[level - 1]}`) of topology {self.topology.key} "
                 "has size 1: nothing travels over it"
             )
-        return _role_name(self.topology, level, transfer)
+        return role_name(self.topology.key, self.topology.names[level - 1], transfer)
 
     @property
     def counters(self) -> Counters:
@@ -210,10 +211,6 @@ class Runtime:
         self._meshes.clear()
         if Runtime._live.get(self.topology.key) is self:
             del Runtime._live[self.topology.key]
-
-
-def _role_name(topology: Topology, level: int, transfer: str) -> str:
-    return f"zc.{topology.key}.{topology.names[level - 1]}.{transfer}"
 
 
 def _new_communicators() -> Communicators:
