@@ -66,11 +66,11 @@ def zero3_traffic(model: nn.Module, topology: zcompile.Topology, compute: str, m
         for j, level in enumerate(topology.names, start=1):
             share = elements * (1 / extents[j - 1] - 1 / extents[j])
             if j <= weights:
-                traffic[level] += share * gather[j - 1].itemsize * gathers
+                traffic[level] += share * gather[j - 1].bits / 8 * gathers
             if j <= gradients:
-                traffic[level] += share * reduce[j - 1].itemsize * micro_steps
+                traffic[level] += share * reduce[j - 1].bits / 8 * micro_steps
             else:  # too few rows for the world: replicas meet once a step
-                traffic[level] += share * (sync[j - 1].itemsize + back[j - 1].itemsize)
+                traffic[level] += share * (sync[j - 1].bits + back[j - 1].bits) / 8
     return traffic
 
 

@@ -4,15 +4,16 @@
                           tag      nothing derived from a gather is saved for backward
     forward, backward,    bucket   semantic ops of one unit become one message
     inference graph       lower    semantic ops become hops
+                          quantize what stands between two quantised hops becomes one kernel
                           pin      the order of the collectives is fixed, and checked in the generated code
                           verify   the invariants
 
 `runner.run` times each, checks its contract and hands before and after to the dump.
 """
 
-from zcompile.passes import bucket, lower, merge, pin, tag, verify
+from zcompile.passes import bucket, lower, merge, pin, quantize, tag, verify
 
 JOINT = (merge, tag)
-LOWERED = (bucket, lower, pin, verify)
+LOWERED = (bucket, lower, quantize, pin, verify)
 
 __all__ = ["JOINT", "LOWERED"]

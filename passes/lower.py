@@ -23,7 +23,20 @@ from zcompile.layout import ParamSpec
 from zcompile.ops import needs_wait
 from zcompile.passes.bucket import KEY
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import COLLECTIVES, GATHER, REDUCE, SEMANTIC, WHOLE, find, spec_of
+from zcompile.passes.nodes import (
+    COLLECTIVES,
+    GATHER,
+    PART,
+    REDUCE,
+    SEMANTIC,
+    SUM,
+    WHOLE,
+    WIRE,
+    add_of,
+    find,
+    spec_of,
+)
+from zcompile.wire import WireFormat
 
 NAME = "lower"
 _INHERITED = (
@@ -64,6 +77,13 @@ def check(gm: GraphModule, context: Context) -> None:
         raise AssertionError(f"node without a value: {bare[0].format_node()}")
 
 
+def _wire_of(collective: Node, spec: ParamSpec) -> WireFormat:
+    """The format that the plan gives the hop of a collective; its role says which hop it is."""
+    *_, level, transfer = next(arg for arg in reversed(collective.args) if isinstance(arg, str)).split(".")
+    wires: tuple[str, ...] = getattr(spec, transfer)
+    return WireFormat.parse(wires[spec.levels.index(level)])
+
+
 class _Lowering:
     def __init__(self, gm: GraphModule, context: Context):
         self.gm, self.context = gm, context
@@ -96,13 +116,15 @@ class _Lowering:
             return [flat, *transfers.split(flat, specs)]
 
         flat, *parts = self._insert(reduce, ("reduce",), [node.args[0] for node in group], specs, group[-1])
-        for part in parts:
+        for number, part in enumerate(parts):
             self.reduced[part] = (flat, len(parts))
+            if part is not flat:
+                part.meta[PART] = (flat, number)
         self._replace(group, parts)
 
     def sync(self, group: list[Node]) -> None:
         specs = [spec_of(node) for node in group]
-        totals = [node.args[0] for node in group]
+        totals = self._sum_onto_mains([node.args[0] for node in group])
         own = [self.reduced.get(total) for total in totals]  # type: ignore[arg-type]
         if (
             own[0] is not None
@@ -122,6 +144,23 @@ class _Lowering:
 
             parts = self._insert(sync_parts, ("join",), totals, specs, group[-1])
         self._replace(group, parts)
+
+    def _sum_onto_mains(self, totals: list[Any]) -> list[Any]:
+        """main + part for every part of a quantised bucket, in order: let the kernel that sums it add the mains; then the parts are
+        the totals, and the sync takes the bucket's buffer as it is."""
+        others = [add_of(total) for total in totals]
+        if any(other is None or len(total.users) != 1 for total, other in zip(totals, others, strict=True)):
+            return totals
+        operands = [(a, b) if b in self.reduced else (b, a) for a, b in (total.args[:2] for total in totals)]
+        mains, parts = [main for main, _ in operands], [part for _, part in operands]
+        flat, count = self.reduced.get(parts[0], (None, 0))
+        fits = all(main.op == "placeholder" and part in self.reduced and self.reduced[part][0] is flat for main, part in operands)
+        if flat is None or flat.target is not SUM or not fits or count != len(parts) or not self._in_order(parts):
+            return totals
+        if any(len(part.users) != 1 for part in parts):
+            return totals
+        flat.update_arg(2, mains)
+        return parts
 
     def _in_order(self, totals: list[Any]) -> bool:
         order = [part for part in self.reduced if part in set(totals)]
@@ -160,6 +199,9 @@ class _Lowering:
                     copied.meta["val"] = cast(Any, copied.target)(*args, **kwargs)
                     if node.target in COLLECTIVES:
                         copied.meta["zc_parameters"] = names
+                        wire = _wire_of(copied, specs[0])
+                        if wire.quantized:
+                            copied.meta[WIRE] = wire.short
                     mapping[node] = copied
         return results
 

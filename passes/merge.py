@@ -3,7 +3,8 @@
 Requires: a joint, forward or inference graph with semantic ops.
 Guarantees: one gather per parameter and phase; in a joint graph one reduce and at most one sync per parameter, its input the sum of
 the gradients in the order autograd delivered them (so the bits are those of a dense model).
-Leaves alone: gradients whose sum is not a plain chain of adds; they are correct, and cost a transfer each.
+Leaves alone: gradients whose sum is not a plain chain of adds, and those with error feedback, whose state is kept for each; they
+are correct, and cost a transfer each.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import GATHER, REDUCE, SYNC, add_of, aten, find
+from zcompile.passes.nodes import GATHER, REDUCE, SYNC, add_of, aten, find, spec_of
 
 NAME = "merge"
 
@@ -33,7 +34,7 @@ def run(gm: GraphModule, context: Context) -> None:
         for node in find(graph, REDUCE):
             by_parameter[node.args[1]].append(node)
         for reduces in by_parameter.values():
-            if len(reduces) > 1:
+            if len(reduces) > 1 and spec_of(reduces[0]).feedback is None:
                 _merge_gradients(reduces, context)
         graph.eliminate_dead_code()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -23,7 +23,18 @@ SEMANTIC = (GATHER, REDUCE, SYNC)
 ALL_GATHER = _c10d.all_gather_into_tensor.default
 ALL_TO_ALL = _c10d.all_to_all_single.default
 WAIT = _c10d.wait_tensor.default
+_kernels = torch.ops.zcompile_kernels
+QUANTIZE = _kernels.quantize.default
+DEQUANTIZE = _kernels.dequantize.default
+SUM = _kernels.reduce.default
+REQUANTIZE = _kernels.requantize.default
+ACCUMULATE_INTO = _kernels.accumulate.default
+QUANTIZERS = (QUANTIZE, DEQUANTIZE, SUM, REQUANTIZE, ACCUMULATE_INTO)
 COLLECTIVES = (ALL_GATHER, ALL_TO_ALL)
+WIRE = "zc_wire"
+"""meta key of a collective whose message is quantised: its wire format, `WireFormat.short`."""
+PART = "zc_part"
+"""meta key of one parameter's part of a bucket's reduced buffer: (the buffer's node, number of the part)."""
 WHOLE = "zc_whole"
 """meta key of a node that is a gathered weight: its unpack may be a copy, which no view leads to."""
 
@@ -32,7 +43,7 @@ VIEWS_AND_CASTS = {
     aten.reshape.default, aten.slice.Tensor, aten.select.int, aten.expand.default, aten.squeeze.default,
     aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.alias.default, aten.detach.default,
     aten.clone.default, aten._to_copy.default, aten.as_strided.default, aten.split.Tensor, aten.unbind.int,
-    aten.split_with_sizes.default, torch.ops.prims.convert_element_type.default,
+    aten.split_with_sizes.default, torch.ops.prims.convert_element_type.default, torch.ops.zcompile_kernels.dequantize.default,
 }  # fmt: skip
 
 
@@ -43,9 +54,22 @@ def find(graph: Graph, *targets: Any) -> list[Node]:
 
 def spec_of(node: Node) -> ParamSpec:
     """The parameter of a semantic op."""
-    text = node.args[3] if node.target is GATHER else node.args[1]
+    text = node.args[4] if node.target is GATHER else node.args[1]
     assert isinstance(text, str)
     return ParamSpec.parse(text)
+
+
+def phase_of(gather: Node) -> str:
+    """The phase of a gather: see zcompile.ops."""
+    phase = gather.args[5]
+    assert isinstance(phase, str)
+    return phase
+
+
+def buffers_of(gather: Node) -> list[Node]:
+    """Its compute copy, main grad and states of error feedback: what may be written between its forward and its backward."""
+    _, copy, main, errors, *_ = gather.args
+    return [node for node in (copy, main, *cast(Any, errors)) if isinstance(node, Node)]
 
 
 def derived(sources: Iterable[Node]) -> set[Node]:
@@ -65,6 +89,7 @@ def derived(sources: Iterable[Node]) -> set[Node]:
 class Collective:
     """One entry of a graph's ordered collective list: equal on all ranks. `bytes` are those that one rank receives.
 
+    `wire` is the wire format, where it says more than the dtype: the bytes of a quantised message do not tell its block.
     The parameters are part of it: two gathers of equal size that stand in another order on one rank would else pass for equal lists, and
     each rank would take one weight for the other.
     """
@@ -75,14 +100,15 @@ class Collective:
     dtype: str
     bytes: int
     parameters: tuple[str, ...]
+    wire: str = ""
 
     def __str__(self) -> str:
         names = ", ".join(self.parameters)
-        return f"{self.transfer} {self.op} over {self.level}, {self.dtype}, {self.bytes} bytes, of {names}"
+        return f"{self.transfer} {self.op} over {self.level}, {self.wire or self.dtype}, {self.bytes} bytes, of {names}"
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        return (self.level, self.transfer, self.op, self.dtype, self.bytes, self.parameters)
+        return (self.level, self.transfer, self.op, self.dtype, self.bytes, self.parameters, self.wire)
 
 
 def collective_of(node: Node) -> Collective:
@@ -96,7 +122,8 @@ def collective_of(node: Node) -> Collective:
     total = math.prod(value.shape) * value.dtype.itemsize
     *_, level, transfer = role.split(".")
     names = tuple(node.meta.get("zc_parameters", ()))
-    return Collective(level, transfer, op, str(value.dtype).removeprefix("torch."), total - total // size, names)
+    dtype = str(value.dtype).removeprefix("torch.")
+    return Collective(level, transfer, op, dtype, total - total // size, names, node.meta.get(WIRE, ""))
 
 
 def reorder(graph: Graph, groups: list[list[Node]]) -> None:

@@ -8,11 +8,11 @@ Leaves alone: the user's own checkpointing tags on everything else.
 
 from __future__ import annotations
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils.checkpoint import CheckpointPolicy
 
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import GATHER, derived, find
+from zcompile.passes.nodes import GATHER, buffers_of, derived, find
 
 NAME = "tag"
 GRAPH_ID = 1_000_000
@@ -30,9 +30,8 @@ def run(gm: GraphModule, context: Context) -> None:
         node.meta["ac_graph_id"] = GRAPH_ID
     context.note(f"{len(gathers)} gathers are done again in backward")
     for node in gathers:
-        for buffer in node.args[1:3]:
-            if isinstance(buffer, Node):
-                buffer.meta[NO_VERSION_CHECK] = True
+        for buffer in buffers_of(node):
+            buffer.meta[NO_VERSION_CHECK] = True
 
 
 def check(gm: GraphModule, context: Context) -> None:

@@ -108,7 +108,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
         )
     runtime = Runtime.get(found, timeout=options.timeout)
     main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")
-    resolved = plan.resolve(found, main)
+    resolved = plan.resolve(found, main, _chip(device))
     _agree(runtime, model, resolved, compute, options)
     if device.type != "meta":
         _same_start(runtime, model, options)
@@ -121,6 +121,14 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
             whole_call(model), backend=hierarchical_zero_backend, fullgraph=options.fullgraph, dynamic=options.dynamic
         )
     return model
+
+
+def _chip(device: torch.device) -> str:
+    """The architecture of the device as compilers call it ("gfx90a", "sm_90"); "" where the topology has to say."""
+    if device.type != "cuda":
+        return ""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 def _say_what_moved(runtime: Runtime, plan: ResolvedPlan) -> None:

@@ -7,6 +7,9 @@ A transfer passes its levels one hop each. With P padded elements in the whole p
 whichever transfer it is (gathers receive the other ranks' pieces, reductions the other ranks' versions of its own piece).
 
     gather   j = w .. 1      reduce   j = 1 .. g      sync   j = g+1 .. m, and back m .. o+1      refresh   j = o .. w+1
+
+Quantised, b P is the sum of the records (codes, scales, padding to 16 bytes: docs/wire-format.md) of all rows: E_o shards in a gather
+or refresh, E_m pieces in a reduction or its way back.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from collections.abc import Iterable, Mapping
 import sympy
 
 from zcompile.layout import Layout, ParamSpec
+from zcompile.wire import WireFormat
 
-ITEMSIZE: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 LEDGER_TRANSFERS = ("gather", "reduce", "sync", "refresh")
 
 Bytes = dict[tuple[str, str], int]
@@ -28,49 +31,64 @@ HOP = B * P * (1 / INNER - 1 / OUTER)
 """The closed form above, for printing (`zcompile plan --explain`) and for checking the integer arithmetic below against."""
 
 
-def hop_bytes(layout: Layout, level: int, itemsize: int) -> int:
-    """Bytes one rank receives in the hop over `level` (1..m): HOP with P the padded elements; exact, since P is a multiple of E_m."""
-    padded = layout.shards * layout.shard
+def hop_bytes(layout: Layout, level: int, wire: WireFormat, transfer: str) -> int:
+    """Bytes one rank receives in the hop over `level` (1..m): HOP with b P the bytes of all rows; exact, since E_m divides them."""
     inner, outer = layout.extents[level - 1], layout.extents[level]
-    return itemsize * (padded // inner - padded // outer)
+    if transfer in ("gather", "refresh"):
+        return wire.bytes(layout.shard) * (layout.shards // inner - layout.shards // outer)
+    world = layout.extents[-1]
+    return wire.bytes(layout.piece) * (world // inner - world // outer)
 
 
-def padding_bytes(layout: Layout, level: int, itemsize: int) -> int:
-    """The part of `hop_bytes` that is padding, on average over the ranks (rounded down): a row of its own in the ledger."""
+def overhead_bytes(layout: Layout, level: int, wire: WireFormat, transfer: str) -> tuple[int, int]:
+    """The parts of `hop_bytes` that are padding and that are scales: rows of their own in the ledger.
+
+    Padding is that of the values, on average over the ranks (rounded down), and that of the records.
+    """
+    total = hop_bytes(layout, level, wire, transfer)
     padded = layout.shards * layout.shard
-    return hop_bytes(layout, level, itemsize) * (padded - layout.numel) // padded if padded else 0
+    width = layout.shard if transfer in ("gather", "refresh") else layout.piece
+    if not total or not padded:
+        return 0, 0
+    rows = total // wire.bytes(width)
+    values = rows * (wire.code.code_bytes(width) if wire.quantized else wire.bytes(width))
+    scales = rows * wire.code.scale_bytes(width) if wire.quantized else 0
+    return total - values - scales + values * (padded - layout.numel) // padded, scales
 
 
-def transfer_levels(spec: ParamSpec, transfer: str) -> Iterable[tuple[int, str]]:
-    """(level, wire dtype name) of each hop of `transfer`, in the order they run; the way back of a sync included."""
+def transfer_levels(spec: ParamSpec, transfer: str) -> Iterable[tuple[int, WireFormat, str]]:
+    """(level, wire format, "gather", "reduce", "sync" or "back") of each hop of `transfer`, in the order they run."""
     m = len(spec.sizes)
+    parse = WireFormat.parse
     if transfer == "gather":
-        yield from ((j, spec.gather[j - 1]) for j in range(spec.w, 0, -1))
+        yield from ((j, parse(spec.gather[j - 1]), transfer) for j in range(spec.w, 0, -1))
     elif transfer == "reduce":
-        yield from ((j, spec.reduce[j - 1]) for j in range(1, spec.g + 1))
+        yield from ((j, parse(spec.reduce[j - 1]), transfer) for j in range(1, spec.g + 1))
     elif transfer == "sync":
-        yield from ((j, spec.sync[j - 1]) for j in range(spec.g + 1, m + 1))
-        yield from ((j, spec.back[j - 1]) for j in range(m, spec.o, -1))
+        yield from ((j, parse(spec.sync[j - 1]), transfer) for j in range(spec.g + 1, m + 1))
+        yield from ((j, parse(spec.back[j - 1]), "back") for j in range(m, spec.o, -1))
+    elif transfer == "refresh":
+        yield from ((j, parse(spec.refresh[j - 1]), transfer) for j in range(spec.o, spec.w, -1))
     else:
-        raise ValueError(
-            f"transfer {transfer!r}: one of gather, reduce, sync (a refresh belongs to a unit: refresh_bytes)"
-        )
+        raise ValueError(f"transfer {transfer!r}: one of {', '.join(LEDGER_TRANSFERS)}")
 
 
 def transfer_bytes(spec: ParamSpec, transfer: str) -> Bytes:
-    """Bytes one rank receives for one `transfer` (gather, reduce or sync) of one parameter, by level."""
+    """Bytes one rank receives for one `transfer` of one parameter, by level. A delta refresh: see `full_refresh_bytes`."""
     return _sum(spec, transfer, transfer_levels(spec, transfer))
 
 
-def refresh_bytes(spec: ParamSpec, wires: tuple[str, ...]) -> Bytes:
-    """Bytes one rank receives for one refresh of one parameter; `wires` is the dtype name per level."""
-    return _sum(spec, "refresh", ((j, wires[j - 1]) for j in range(spec.o, spec.w, -1)))
+def full_refresh_bytes(spec: ParamSpec) -> Bytes:
+    """The same of a refresh that sends the weights themselves where others send deltas: in the compute dtype."""
+    native = WireFormat.parse("native").resolved(spec.compute)
+    hops = transfer_levels(spec, "refresh")
+    return _sum(spec, "refresh", ((j, native if wire.delta else wire, transfer) for j, wire, transfer in hops))
 
 
-def _sum(spec: ParamSpec, transfer: str, hops: Iterable[tuple[int, str]]) -> Bytes:
+def _sum(spec: ParamSpec, transfer: str, hops: Iterable[tuple[int, WireFormat, str]]) -> Bytes:
     out: Bytes = {}
-    for level, wire in hops:
-        amount = hop_bytes(spec.layout, level, ITEMSIZE[wire])
+    for level, wire, kind in hops:
+        amount = hop_bytes(spec.layout, level, wire, kind)
         if amount:
             key = (spec.levels[level - 1], transfer)
             out[key] = out.get(key, 0) + amount
@@ -87,18 +105,24 @@ def state_bytes(specs: Iterable[ParamSpec], copies: Mapping[str, int], accumulat
     """Model-state bytes on one rank in closed form.
 
     Args:
-        copies: parameter name -> bytes per element of its compute copy, 0 where the copy is the master itself.
+        copies: parameter name -> 1 if its compute copy is one of its own, 0 where it is the master itself.
         accumulating: whether micro-batches are being added up (main grads are alive).
 
     Returns:
-        master: 4 P / E_o; copy: b P / E_w; main: 4 P / E_g; gradient: 4 P / E_o; moments: 8 P / E_o (AdamW's two, fp32).
+        master: 4 P / E_o; copy: b P / E_w as it is stored; image: b P / E_w in the compute dtype beside a copy of codes that deltas
+        refresh; main: 4 P / E_g; gradient: 4 P / E_o; moments: 8 P / E_o (AdamW's two, fp32); feedback: 4 P / E_(j-1) before the first
+        quantised hop j of the reduce, and of the sync.
     """
-    out = dict.fromkeys(("master", "copy", "main", "gradient", "moments"), 0)
+    out = dict.fromkeys(("master", "copy", "image", "main", "gradient", "moments", "feedback"), 0)
     for spec in specs:
         layout = spec.layout
+        rows = layout.shards // layout.extents[spec.w]
         out["master"] += 4 * layout.shard
-        out["copy"] += copies.get(spec.name, 0) * layout.width(spec.w)
+        out["copy"] += copies.get(spec.name, 0) * rows * spec.stored.bytes(layout.shard)
+        if spec.delta and spec.stored.quantized:
+            out["image"] += WireFormat.parse("native").resolved(spec.compute).bytes(rows * layout.shard)
         out["main"] += 4 * layout.width(spec.g) if accumulating else 0
         out["gradient"] += 4 * layout.shard
         out["moments"] += 8 * layout.shard
+        out["feedback"] += 4 * sum(spec.feedback_widths().values())
     return out

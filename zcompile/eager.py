@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from zcompile import transfers
-from zcompile.ops import ACCUMULATE, finish, needs_wait
+from zcompile.ops import ACCUMULATE, compensated, finish, needs_wait
 from zcompile.params import Slot
 
 
@@ -94,10 +94,10 @@ def _settle(call: Any, reads: _Reads) -> Tensor | None:
     reads.total, reads.open = None, reads.count
     spec, traffic = slot.spec, call.engine.traffic
     traffic.op("reduce", spec)
-    reduced = transfers.reduce([grad], [spec])
+    reduced = transfers.reduce([compensated(grad, slot.errors, spec, "reduce")], [spec])
     if call.phase != ACCUMULATE:
         traffic.op("sync", spec)
-    return finish(reads.main, reduced, spec.text, call.phase)
+    return finish(reads.main, slot.errors, reduced, spec.text, call.phase)
 
 
 class _Saved:

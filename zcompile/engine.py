@@ -25,7 +25,7 @@ from zcompile import transfers
 from zcompile._torch_compat import all_gather, many_graphs, wrap_local
 from zcompile.agreement import pack_flags, set_anywhere
 from zcompile.eager import flush, keep_wholes_out
-from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC
+from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC, compensated
 from zcompile.params import MASTER, Slot, Unit, build
 from zcompile.plan import ResolvedPlan
 from zcompile.refresh import Refresher
@@ -94,6 +94,10 @@ class Engine:
         self.coordinates = tuple(runtime.coordinates)
         mesh = runtime.mesh(self.device.type if self.device.type != "meta" else "cpu")
         self.units, self.slots = build(model, plan, mesh, self.coordinates, self.key, compute)
+        for slot in self.slots:
+            if slot.master.requires_grad:
+                widths = slot.spec.feedback_widths().items()
+                slot.errors = {t: torch.zeros(n, dtype=MASTER, device=self.device) for t, n in widths}
         watch(self.slots)
         self.synchronising = True
         self.window = Window()
@@ -124,11 +128,13 @@ class Engine:
             self._check_written()
         except Exception as error:  # raised after the others were told, who would wait for this rank otherwise
             refusal = error
-        stale = self._agree(phase, [unit.stale for unit in self.units], refusal)
+        flags = [unit.stale for unit in self.units] + [unit.wants_full for unit in self.units]
+        agreed = self._agree(phase, flags, refusal)
         self.traffic.start(evaluation=phase == NONE)
-        old = [unit for unit, is_old in zip(self.units, stale, strict=True) if is_old]
-        self.refresher.launch(old)
-        self.traffic.refreshed(old)
+        old = [unit for unit, is_old in zip(self.units, agreed, strict=False) if is_old]
+        full = {unit for unit, wanted in zip(self.units, agreed[len(self.units) :], strict=True) if wanted}
+        self.refresher.launch(old, full)
+        self.traffic.refreshed(old, full)
         self._check_fresh()
         call = _Call(self, phase)
         call.open()
@@ -164,10 +170,10 @@ class Engine:
             return ACCUMULATE
         return SYNC if self.window.mains else DIRECT
 
-    def _agree(self, phase: str, stale: Sequence[bool], refusal: Exception | None) -> list[bool]:
-        """Which units are stale on any rank. A rank that refuses or is in another phase is an error on every rank."""
+    def _agree(self, phase: str, flags: Sequence[bool], refusal: Exception | None) -> list[bool]:
+        """Which flags are set on any rank. A rank that refuses or is in another phase is an error on every rank."""
         refused = len(PHASES)
-        words = [PHASES.index(phase) if refusal is None else refused, *pack_flags(stale)]
+        words = [PHASES.index(phase) if refusal is None else refused, *pack_flags(flags)]
         rows = self.runtime.agreement.exchange(words, step="the start of a forward")
         if refusal is not None:
             raise refusal
@@ -181,7 +187,7 @@ class Engine:
                 f"zcompile: the ranks disagree about this forward: rank 0 is in phase {phases[0]!r}, rank {odd} in {phases[odd]!r} "
                 f"(none: no_grad, accumulate: under no_sync, direct/sync: otherwise). Every rank must run the same kind of micro-step."
             )
-        return set_anywhere([row[1:] for row in rows], len(stale))
+        return set_anywhere([row[1:] for row in rows], len(flags))
 
     def _check_unchanged(self) -> None:
         for slot in self.slots:
@@ -287,7 +293,9 @@ class Engine:
         return {
             "master": sum(u.master.numel() * u.master.itemsize for u in self.units),
             "copy": sum(u.copy.numel() * u.copy.itemsize for u in self.units if u.cached),
+            "image": sum(u.image.numel() * u.image.itemsize for u in self.units if u.image is not None and u.coded),
             "main": sum(m.numel() * m.itemsize for m in self.window.mains.values()),
+            "feedback": sum(e.numel() * e.itemsize for slot in self.slots for e in slot.errors.values()),
         }
 
 
@@ -388,7 +396,7 @@ class _Call:
         total = main.clone()
         main.zero_()
         self.engine.traffic.op("sync", slot.spec)
-        return transfers.sync(total, [slot.spec]).reshape(-1)
+        return transfers.sync(compensated(total, slot.errors, slot.spec, "sync"), [slot.spec]).reshape(-1)
 
 
 class Unwrap(torch.autograd.Function):

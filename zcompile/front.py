@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zcompile._torch_compat import keep_out_of_graphs, never_compile_alone, outer_backend
 from zcompile.eager import read
 from zcompile.engine import READING, Engine
-from zcompile.ops import ACCUMULATE
+from zcompile.ops import ACCUMULATE, NONE
 from zcompile.params import Slot, wrap_plain
 
 _NO_COPY = (
@@ -35,7 +35,8 @@ def _weight(name: str) -> property:
             return self._parameters[name]
         if torch.compiler.is_compiling():
             leaf = slot.token if READING.phase == ACCUMULATE else slot.leaf
-            return torch.ops.zcompile.gather(leaf, slot.unit.copy, slot.main, slot.text, READING.phase)
+            errors = list(slot.errors.values()) if READING.phase != NONE else []
+            return torch.ops.zcompile.gather(leaf, slot.unit.copy, slot.main, errors, slot.text, READING.phase)
         return read(slot)
 
     return property(never_compile_alone(get))

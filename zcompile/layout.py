@@ -12,6 +12,7 @@ Shards are padded to one size, `shard` elements, so that every hop moves equal, 
     at o    = [shard]                    = [replicas, piece]
 
 `replicas` = E_m / E_o ranks hold the same shard; a sync goes on over them in `piece`s, so `shard` is a multiple of `replicas`.
+Where values are quantised, a piece is a multiple of the block too, so that no block straddles two shards or two replicas.
 Several parameters travel together by standing side by side on the last axis: no copy between hops, one unpack after the last.
 """
 
@@ -19,9 +20,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from itertools import accumulate
 from typing import Any
+
+from zcompile.wire import COMPUTE_FORMATS, WireFormat
 
 
 def extents(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -47,11 +52,13 @@ class Layout:
         shape: of the plain parameter; dimension 0 is cut, a scalar counts as one row.
         sizes: level sizes s_1..s_m.
         o: optimizer placement (0 = whole .. m).
+        block: values per quantisation block, 1 if nothing is quantised.
     """
 
     shape: tuple[int, ...]
     sizes: tuple[int, ...]
     o: int
+    block: int = 1
 
     @cached_property
     def extents(self) -> tuple[int, ...]:
@@ -87,8 +94,8 @@ class Layout:
 
     @cached_property
     def piece(self) -> int:
-        """Elements of a shard that one of its replicas sums in a sync."""
-        return -(-self.shard_rows * self.row // self.replicas)
+        """Elements of a shard that one of its replicas sums in a sync: whole blocks."""
+        return -(-self.shard_rows * self.row // (self.replicas * self.block)) * self.block
 
     @cached_property
     def shard(self) -> int:
@@ -143,6 +150,17 @@ class Layout:
             merged.append((source, target, length))
         return tuple(merged)
 
+    def spans(self, width: int) -> tuple[tuple[int, int], ...]:
+        """(first element, elements) of each stretch of `width` of the padded whole (`shard` or `piece`); () if none has a hole."""
+        if self.dense:
+            return ()
+        found = []
+        for start, rows in self._ranges:
+            first, length = start * self.row, rows * self.row
+            for begin in range(0, self.shard, width) if self.shard else ():
+                found.append((first + min(begin, length), max(0, min(length - begin, width))))
+        return tuple(found)
+
 
 @dataclass(frozen=True)
 class ParamSpec:
@@ -154,8 +172,12 @@ class ParamSpec:
         levels: level names, fastest first.
         topology: key of the topology, part of every role name.
         compute: torch dtype name of the whole weight ("float32", "bfloat16").
-        gather, reduce, sync, back: torch dtype name of the wire, one per level.
+        gather, reduce, sync, back, refresh: wire format (`WireFormat.text`), one per level.
+        block: what its shards are padded to a multiple of, for quantisation; 1 for none.
+        feedback: beta of the error feedback of its gradient, None for none.
+        peer: levels whose gather hop may read memory.
         unit: which unit's buffers hold it; `offset` and `unit_shard` say where: columns [offset, offset + shard) of unit_shard.
+        record, unit_record: the same of a compute copy that is stored as codes, in bytes.
     """
 
     name: str
@@ -171,13 +193,67 @@ class ParamSpec:
     reduce: tuple[str, ...]
     sync: tuple[str, ...]
     back: tuple[str, ...]
+    refresh: tuple[str, ...]
     unit: str
     offset: int
     unit_shard: int
+    block: int = 1
+    feedback: float | None = None
+    peer: tuple[str, ...] = ()
+    record: int = 0
+    unit_record: int = 0
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout(self.shape, self.sizes, self.o)
+        return Layout(self.shape, self.sizes, self.o, self.block)
+
+    @cached_property
+    def stored(self) -> WireFormat:
+        """How the compute copy is stored: as the first gather hop that communicates sends it, in the compute dtype if none does."""
+        for level in range(self.w, 0, -1):
+            if self.sizes[level - 1] > 1 and self.layout.numel:
+                return WireFormat.parse(self.gather[level - 1])
+        return WireFormat.parse(COMPUTE_FORMATS[self.compute])
+
+    @cached_property
+    def delta(self) -> bool:
+        """Whether a refresh sends what has changed. The deltas of one parameter are one format over all levels."""
+        return bool(self.refresh_levels()) and WireFormat.parse(self.refresh[self.w]).delta
+
+    def first_hop(self, transfer: str) -> tuple[int, WireFormat] | None:
+        """(level, wire format) of the first hop of a reduce or a sync that communicates; None if none does."""
+        levels, wires = (range(1, self.g + 1), self.reduce) if transfer == "reduce" else (range(self.g + 1, len(self.sizes) + 1), self.sync)  # fmt: skip
+        level = next((level for level in levels if self.sizes[level - 1] > 1 and self.layout.numel), None)
+        return None if level is None else (level, WireFormat.parse(wires[level - 1]))
+
+    def feedback_widths(self) -> dict[str, int]:
+        """Elements of the error feedback's state on one rank: of the whole gradient before a quantised reduce, of that at G before a
+        quantised sync. {} without error feedback.
+
+        Raises ValueError where a later hop is quantised and the first is not: what is lost there no state could hold.
+        """
+        if self.feedback is None:
+            return {}
+        found = {}
+        for transfer, width in (("reduce", self.layout.numel), ("sync", self.layout.width(self.g))):
+            hop = self.first_hop(transfer)
+            if hop is None:
+                continue
+            if hop[1].quantized:
+                found[transfer] = width
+                continue
+            levels = range(hop[0], (self.g if transfer == "reduce" else len(self.sizes)) + 1)
+            wires = self.reduce if transfer == "reduce" else self.sync
+            if any(WireFormat.parse(wires[j - 1]).quantized and self.sizes[j - 1] > 1 for j in levels):
+                raise ValueError(
+                    f"error_feedback with {self.name!r}: the first hop of its {transfer} ({self.levels[hop[0] - 1]}) is {hop[1].short} and a "
+                    f"later one is quantised; give the first one a quantised format too, or leave error_feedback out"
+                )
+        return found
+
+    def refresh_levels(self) -> list[int]:
+        """Levels over which a refresh communicates, outermost first."""
+        return [level for level in range(self.o, self.w, -1) if self.sizes[level - 1] > 1]
 
     @cached_property
     def text(self) -> str:
@@ -197,7 +273,21 @@ class ParamSpec:
     @cached_property
     def chain(self) -> tuple[object, ...]:
         """Parameters with equal chains can share messages: same placements, formats and levels."""
-        return (self.topology, self.w, self.g, self.o, self.compute, self.gather, self.reduce, self.sync, self.back)
+        return (
+            self.topology, self.w, self.g, self.o, self.compute, self.gather, self.reduce, self.sync, self.back, self.refresh,
+            self.block, self.feedback, self.peer,
+        )  # fmt: skip
+
+
+def side_by_side(bare: Sequence[ParamSpec]) -> list[ParamSpec]:
+    """Parameters that share a unit, each told where in the unit's buffers it lies."""
+    shards = list(accumulate((spec.layout.shard for spec in bare), initial=0))
+    sizes = (spec.stored.bytes(spec.layout.shard) if spec.stored.quantized else 0 for spec in bare)
+    records = list(accumulate(sizes, initial=0))
+    return [
+        replace(spec, offset=shards[i], unit_shard=shards[-1], record=records[i], unit_record=records[-1])
+        for i, spec in enumerate(bare)
+    ]
 
 
 TRANSFERS = ("gather", "reduce", "sync", "refresh", "back")

@@ -1,8 +1,8 @@
 """The semantic ops: `gather`, `reduce`, `sync`. What a transfer means; `lower` decides how, by the plan.
 
-    gather(leaf, copy, main, spec, phase) -> whole      leaf: the autograd edge to the master; copy: the unit's compute copy
-    reduce(grad, spec)                    -> at G       whole gradient in, fp32 out
-    sync(total, spec)                     -> at O       what the master's `.grad` wants
+    gather(leaf, copy, main, errors, spec, phase) -> whole   leaf: the autograd edge to the master; copy: the unit's compute copy
+    reduce(grad, spec)                            -> at G    whole gradient in, fp32 out
+    sync(total, spec)                             -> at O    what the master's `.grad` wants
 
 Each has a fake and a real implementation that performs the transfer, so a graph that no pass of ours has seen is slow, not wrong.
 The backward of `gather` is written in terms of the other two; `phase` was fixed at forward:
@@ -11,7 +11,11 @@ The backward of `gather` is written in terms of the other two; `phase` was fixed
     sync         leaf.grad = sync(main + reduce(grad)); main = 0
     direct       leaf.grad = sync(reduce(grad)): no micro-batch before this one, no main grad in memory
 
-Note [Main grads are not saved tensors]: `main` is mutated between a forward and its backward whenever several micro-batches are in
+Note [Error feedback]: with `errors` (one tensor for a quantised reduce, one for a quantised sync, in that order) what is about to be sent has
+the state added first, and the state becomes beta times itself and 1 - beta times what quantising loses of the sum. Reads of one parameter
+are then not merged in a graph: each is sent, and its loss kept, on its own.
+
+Note [Main grads are not saved tensors]: `main` (and so are `errors`) is mutated between a forward and its backward whenever several micro-batches are in
 flight, so it must not be version-checked: it is stashed on ctx, never passed to save_for_backward (facts: torch 2.13 raises "modified
 by an inplace operation" otherwise), and the `tag` pass exempts it in compiled graphs.
 
@@ -21,6 +25,7 @@ at all. So an accumulating forward reads through a leaf of shape [0], whose grad
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,17 +37,17 @@ from zcompile.layout import ParamSpec
 ACCUMULATE, SYNC, DIRECT, NONE = "accumulate", "sync", "direct", "none"
 PHASES = (ACCUMULATE, SYNC, DIRECT, NONE)
 
-torch.library.define("zcompile::gather", "(Tensor leaf, Tensor copy, Tensor? main, str spec, str phase) -> Tensor")
+torch.library.define("zcompile::gather", "(Tensor leaf, Tensor copy, Tensor? main, Tensor[] errors, str spec, str phase) -> Tensor")
 torch.library.define("zcompile::reduce", "(Tensor grad, str spec) -> Tensor")
 torch.library.define("zcompile::sync", "(Tensor total, str spec) -> Tensor")
 
 
 def needs_wait(spec: ParamSpec) -> bool:
     """True if the copy is not the master itself: a refresh writes it, and may be under way when a forward starts."""
-    return any(spec.sizes[level - 1] > 1 for level in range(spec.w + 1, spec.o + 1))
+    return bool(spec.refresh_levels())
 
 
-def _gather(leaf: Tensor, copy: Tensor, main: Tensor | None, spec: str, phase: str) -> Tensor:
+def _gather(leaf: Tensor, copy: Tensor, main: Tensor | None, errors: list[Tensor], spec: str, phase: str) -> Tensor:
     param = ParamSpec.parse(spec)
     if needs_wait(param):
         copy = torch.ops._c10d_functional.wait_tensor(copy)
@@ -52,7 +57,7 @@ def _gather(leaf: Tensor, copy: Tensor, main: Tensor | None, spec: str, phase: s
     return whole.clone() if shared else whole
 
 
-def _gather_fake(leaf: Tensor, copy: Tensor, main: Tensor | None, spec: str, phase: str) -> Tensor:
+def _gather_fake(leaf: Tensor, copy: Tensor, main: Tensor | None, errors: list[Tensor], spec: str, phase: str) -> Tensor:
     param = ParamSpec.parse(spec)
     return copy.new_empty(param.shape, dtype=transfers.dtype(param.compute))
 
@@ -87,24 +92,41 @@ for _name, _real, _fake in (
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, ctx.main, ctx.spec, ctx.phase = inputs  # see Note [Main grads are not saved tensors]
+    _, _, ctx.main, ctx.errors, ctx.spec, ctx.phase = inputs  # see Note [Main grads are not saved tensors]
 
 
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-    return finish(ctx.main, torch.ops.zcompile.reduce(grad, ctx.spec), ctx.spec, ctx.phase), None, None, None, None
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    spec = ParamSpec.parse(ctx.spec)
+    errors = dict(zip(spec.feedback_widths(), ctx.errors, strict=True))
+    reduced = torch.ops.zcompile.reduce(compensated(grad, errors, spec, "reduce"), ctx.spec)
+    return finish(ctx.main, errors, reduced, ctx.spec, ctx.phase), None, None, [None] * len(ctx.errors), None, None
 
 
-def finish(main: Tensor | None, reduced: Tensor, spec: str, phase: str) -> Tensor:
+def compensated(x: Tensor, errors: Mapping[str, Tensor], spec: ParamSpec, transfer: str) -> Tensor:
+    """`x` with the state of the error feedback added, which is brought up to date: see Note [Error feedback]."""
+    error = errors.get(transfer)
+    if error is None:
+        return x
+    assert spec.feedback is not None
+    total = x.to(torch.float32) + error.view(x.shape)
+    lost = transfers.residual(total, spec, transfer).view(error.shape)
+    error.copy_(spec.feedback * error + (1 - spec.feedback) * lost if spec.feedback else lost)
+    return total
+
+
+def finish(main: Tensor | None, errors: Mapping[str, Tensor], reduced: Tensor, spec: str, phase: str) -> Tensor:
     """What the backward of a gather does with the gradient at G: the leaf's gradient at O, or a token's (see Note [Tokens])."""
-    if phase == DIRECT:
-        return torch.ops.zcompile.sync(reduced, spec)
-    assert main is not None
     if phase == ACCUMULATE:
+        assert main is not None
         main.add_(reduced)
         return torch.zeros(0, dtype=reduced.dtype, device=reduced.device)
-    total = main + reduced
-    main.zero_()
-    return torch.ops.zcompile.sync(total, spec)
+    if phase == DIRECT:
+        total = reduced
+    else:
+        assert main is not None
+        total = main + reduced
+        main.zero_()
+    return torch.ops.zcompile.sync(compensated(total, errors, ParamSpec.parse(spec), "sync"), spec)
 
 
 torch.library.register_autograd("zcompile::gather", _gather_backward, setup_context=_setup)

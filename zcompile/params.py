@@ -1,13 +1,17 @@
 """Masters, compute copies and main grads: the buffers behind a wrapped model's parameters, grouped into units.
 
-A *unit* is a run of parameters of one block with equal placements; its masters lie side by side in one fp32 buffer, its compute
-copies in another, so that a unit is one message without a copy in. A *slot* is one parameter: its spec, its master (an
+A *unit* is a run of parameters of one block with equal placements and formats; its masters lie side by side in one fp32 buffer, its
+compute copies in another, so that a unit is one message without a copy in. A *slot* is one parameter: its spec, its master (an
 `nn.Parameter` holding a DTensor whose local tensor is a view of the unit's buffer) and what a forward reads.
+
+Note [Images]: with a delta refresh the holders of a copy keep its *image*, in the compute dtype, to which deltas are added. A rank's own
+row of its image is what all other holders have of its masters, to the bit, since all of them add the same message: so the owner needs
+no state beside it to know what to send. Where gathers are native the copy is the image; where they are quantised the copy is made from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +22,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from zcompile import transfers
 from zcompile._torch_compat import wrap_local
-from zcompile.layout import ParamSpec
-from zcompile.plan import ResolvedPlan
+from zcompile.layout import ParamSpec, side_by_side
+from zcompile.plan import TRANSFERS, ResolvedPlan
+from zcompile.wire import COMPUTE_FORMATS
 
 MASTER = torch.float32
 
@@ -40,6 +45,8 @@ class Slot:
     token: Tensor | None = None
     """What an accumulating forward reads through: see Note [Tokens] in zcompile.ops."""
     main: Tensor | None = None
+    errors: dict[str, Tensor] = field(default_factory=dict)
+    """State of the error feedback by transfer ("reduce", "sync"): zcompile.feedback."""
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     @property
@@ -56,18 +63,29 @@ class Slot:
 
 @dataclass(eq=False)
 class Unit:
-    """Parameters that travel together: `master` [unit_shard] fp32, `copy` [E_o / E_w, unit_shard] (the master itself if they agree)."""
+    """Parameters that travel together: `master` [unit_shard] fp32; `copy`, stored as the first gather hop sends it, [E_o / E_w, unit_shard]
+    or [E_o / E_w, unit_record] bytes (the master itself if they agree)."""
 
     name: str
     specs: list[ParamSpec]
     master: Tensor
     copy: Tensor
-    refresh: tuple[str, ...]
+    image: Tensor | None
+    """[E_o / E_w, unit_shard] in the compute dtype, with a delta refresh: see Note [Images]."""
+    row: int
+    """Which row of copy and image is that of this rank's masters."""
+    full_every: int
     slots: list[Slot] = field(default_factory=list)
     writes: int = 0
     """Optimizer steps and other writes that were announced, not counted by torch: see zcompile.writes."""
     seen: int = -1
     """Version of the master that the copy holds; -1: none."""
+    stepped: int = -1
+    """Version after the last optimizer step or refresh: if the version has moved on, something else wrote."""
+    foreign: bool = True
+    """Something else than an optimizer has written since the last refresh (or there was none): a delta has to be a full refresh."""
+    deltas: int = 0
+    """Delta refreshes since the last full one."""
 
     @property
     def first(self) -> ParamSpec:
@@ -75,7 +93,7 @@ class Unit:
 
     @property
     def cached(self) -> bool:
-        """True if the copy is a cache: it differs from the master in placement or dtype and has to be refreshed."""
+        """True if the copy is a cache: it differs from the master in placement or format and has to be refreshed."""
         return self.copy is not self.master
 
     @property
@@ -87,23 +105,25 @@ class Unit:
     def stale(self) -> bool:
         return self.cached and self.seen != self.version
 
+    @property
+    def wants_full(self) -> bool:
+        """The next refresh cannot be a delta: nothing was sent yet, something else than an optimizer wrote, or it is time for one."""
+        due = 0 < self.full_every <= self.deltas
+        return self.image is not None and (self.foreign or self.stepped != self.version or due)
+
+    @property
+    def coded(self) -> bool:
+        """True if the copy is made from the image, not the image itself."""
+        return self.image is not None and self.first.stored.text != COMPUTE_FORMATS[self.first.compute]
+
     def refresh_hops(self) -> list[int]:
         """Levels of the refresh that communicate, outermost first."""
-        first = self.first
-        return [level for level in range(first.o, first.w, -1) if first.sizes[level - 1] > 1]
+        return self.first.refresh_levels()
 
 
 def placements(spec: ParamSpec) -> tuple[Placement, ...]:
     """Shard(0) on every level up to O, Replicate outside: what a DTensor of the master says."""
     return tuple(Shard(0) if level <= spec.o else Replicate() for level in range(1, len(spec.sizes) + 1))
-
-
-def storage_format(spec: ParamSpec) -> str:
-    """dtype name in which the compute copy is stored: what its first communicating gather hop sends, else the compute dtype."""
-    for level in range(spec.w, 0, -1):
-        if spec.sizes[level - 1] > 1:
-            return spec.gather[level - 1]
-    return spec.compute
 
 
 def _blocks(model: nn.Module) -> dict[nn.Module, str]:
@@ -132,6 +152,20 @@ def named_owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[str, nn.Modu
     return found
 
 
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def kind_of(shape: Sequence[int], owners: Iterable[nn.Module]) -> str:
+    """What a parameter is to the plan's quantised formats, one of zcompile.plan.KINDS: by every module that holds it."""
+    holders = list(owners)
+    if any(isinstance(module, _EMBEDDINGS) for module in holders):
+        return "embedding"
+    if any(isinstance(module, _NORMS) for module in holders):
+        return "norm"
+    return "matrix" if len(shape) > 1 else "vector"
+
+
 def _group(
     model: nn.Module, plan: ResolvedPlan, compute: dict[str, torch.dtype]
 ) -> Iterator[list[tuple[nn.Parameter, dict[str, Any]]]]:
@@ -146,11 +180,17 @@ def _group(
         shape = tuple(parameter.shape)
         w, g, o = plan.placement(name, shape[0] if shape else 1, parameter.numel(), len(shape))
         dtype = compute[name]
+        text = str(dtype).removeprefix("torch.")
+        wires = plan.wires(name, shape, text, kind_of(shape, (owner for _, owner, _ in owners)))
+        formats = {t: tuple(wire.text for wire in getattr(wires, t)) for t in TRANSFERS}
         fields = {
             "name": name, "shape": shape, "sizes": sizes, "levels": plan.topology.names, "topology": plan.topology.key,
-            "w": w, "g": g, "o": o, "compute": str(dtype).removeprefix("torch."),
+            "w": w, "g": g, "o": o, "compute": text, **formats, "block": wires.block, "feedback": plan.plan.error_feedback,
+            "peer": plan.plan.peer_gather,
         }  # fmt: skip
-        key = (blocks[module], w, g, o, dtype, parameter.requires_grad, len(shape) > 1, parameter.device)
+        key = (
+            blocks[module], w, g, o, dtype, parameter.requires_grad, len(shape) > 1, parameter.device, wires,
+        )  # fmt: skip
         size = parameter.numel() * dtype.itemsize
         if key not in open_runs or (filled[key] + size > plan.plan.bucket_bytes and filled[key]):
             open_runs[key] = []
@@ -176,27 +216,21 @@ def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: t
     slots: list[Slot] = []
     for number, run in enumerate(list(_group(model, plan, compute))):
         unit_name = f"u{number}"
-        total = 0
-        offsets = []
-        for _, fields in run:
-            offsets.append(total)
-            total += ParamSpec(
-                **fields, gather=(), reduce=(), sync=(), back=(), unit="", offset=0, unit_shard=0
-            ).layout.shard
-        specs = []
-        for (_, fields), offset in zip(run, offsets, strict=True):
-            wires: dict[str, Any] = {
-                t: tuple(f.torch_name for f in plan.formats(t, fields["compute"]))
-                for t in ("gather", "reduce", "sync", "back")
-            }
-            specs.append(ParamSpec(**fields, **wires, unit=unit_name, offset=offset, unit_shard=total))
+        specs = side_by_side([ParamSpec(**fields, unit=unit_name, offset=0, unit_shard=0) for _, fields in run])
         first, device = specs[0], run[0][0].device
-        master = torch.zeros(total, dtype=MASTER, device=device)
-        stored = transfers.dtype(storage_format(first))
-        rows = first.layout.shards // first.layout.extents[first.w]
-        copy = master if rows == 1 and stored == MASTER else torch.zeros(rows * total, dtype=stored, device=device)
-        refresh = tuple(f.torch_name for f in plan.formats("refresh", first.compute))
-        unit = Unit(unit_name, specs, master, copy, refresh)
+        for spec in specs:
+            spec.feedback_widths()  # raises where error feedback cannot be had
+        master = torch.zeros(first.unit_shard, dtype=MASTER, device=device)
+        rows, layout = first.layout.shards // first.layout.extents[first.w], first.layout
+        stored = transfers.dtype(first.stored.text)
+        row_width = first.unit_record if first.stored.quantized else first.unit_shard
+        copy = master if rows == 1 and stored == MASTER else torch.zeros(rows * row_width, dtype=stored, device=device)
+        image = None
+        if first.delta:
+            plain = transfers.dtype(first.compute)
+            image = copy if stored == plain else torch.zeros(rows * first.unit_shard, dtype=plain, device=device)
+            image = image.view(rows, -1)
+        unit = Unit(unit_name, specs, master, copy, image, layout.index(coordinates) % rows, plan.plan.full_refresh_every)
         units.append(unit)
         for (plain, _), spec in zip(run, specs, strict=True):
             slot = _slot(plain, spec, unit, mesh, coordinates, engine)

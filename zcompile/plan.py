@@ -9,14 +9,15 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, asdict, dataclass, fields
 from difflib import get_close_matches
 
 from zcompile.topology import LADDER, Topology
 from zcompile.wire import COMPUTE_FORMATS, Formats, WireFormat, freeze_formats
 
-__all__ = ["PRESETS", "TRANSFERS", "Plan", "ResolvedPlan", "Rule", "WireFormat"]
+__all__ = ["KINDS", "PRESETS", "TRANSFERS", "Plan", "ResolvedPlan", "Rule", "WireFormat", "Wires"]
 
 TRANSFERS = ("gather", "reduce", "sync", "refresh", "back")
 
@@ -33,22 +34,40 @@ PRESETS: dict[str, tuple[str, str, str]] = {
 }
 """Placements (W, G, O) by preset name. Presets name placements only; formats are arguments, native by default."""
 
+WIRES = {"paper": {"gather": "int8", "reduce": "int4"}}
+"""What `wire=` stands for: formats of transfers, by name."""
+
+PEER_LEVELS = ("pair", "node")
+"""Levels over which one device can read another one's memory."""
+
+_DEFAULTS = {"gather": "native", "reduce": "fp32", "back": "fp32"}
 _OWNERS = ("weights", "gradients", "optimizer")
 # Names with a known order. `site` is no placement: each site holds the whole state, `world` is the widest.
 _ORDER = {name: i for i, name in enumerate(("whole", *LADDER[:-1], "world"))}
 
 
+KINDS = ("matrix", "embedding", "norm", "vector")
+"""Kinds of parameters: of two dimensions or more; those of embeddings and of norms; of one dimension or none. The plan's quantised
+formats are for matrices; the others keep native ones, unless a rule gives them formats of their own."""
+
+
 @dataclass(frozen=True)
 class Rule:
-    """Placements for the parameters it matches: fnmatch `match` on the name and at most `max_elements` elements (if
-    given). A placement left None keeps the plan's. The first rule that matches a parameter wins, also one that changes
-    nothing. Raises ValueError naming the field and its value."""
+    """Placements and wire formats for the parameters it matches: fnmatch `match` on the name and at most `max_elements` elements
+    (if given). What is left None keeps the plan's. A format given here holds for what matches, embeddings and norms included. The
+    first rule that matches a parameter wins, also one that changes nothing. Raises ValueError naming the field and its value."""
 
     match: str = "*"
     max_elements: int | None = None
     weights: str | None = None
     gradients: str | None = None
     optimizer: str | None = None
+    _: KW_ONLY
+    gather: Formats | None = None
+    reduce: Formats | None = None
+    sync: Formats | None = None
+    refresh: Formats | None = None
+    back: Formats | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str) or not self.match:
@@ -59,6 +78,10 @@ class Rule:
         for owner in _OWNERS:
             if getattr(self, owner) is not None:
                 _check_placement(f"rule {self.match!r}: {owner}", getattr(self, owner))
+        for transfer in TRANSFERS:
+            if getattr(self, transfer) is not None:
+                wires = freeze_formats(f"rule {self.match!r}: {transfer}", getattr(self, transfer))
+                object.__setattr__(self, transfer, wires)
 
     def matches(self, name: str, numel: int) -> bool:
         """Whether it applies to a parameter of that name and number of elements."""
@@ -71,11 +94,16 @@ class Plan:
 
     weights, gradients, optimizer: placements (`whole`, a level name, `world`), W <= G <= O.
     gather, reduce, sync, refresh, back: the wire format of that transfer, one ("fp32", "bf16", "native" = the compute
-    dtype) or a mapping from level name to format. A level missing from a mapping takes the transfer's default: gather
-    native, reduce fp32, sync what reduce has there, refresh what gather has there, back fp32. `back` is the way from
-    the world back to O when O is narrower. sync=None and refresh=None mean that default at all levels.
+    dtype, "int8", "int4", "fp8", with options: see WireFormat) or a mapping from level name to format. A level missing from a
+    mapping takes the transfer's default: gather native, reduce fp32, sync what reduce has there, refresh what gather has there,
+    back fp32. None means that default at all levels. `back` is the way from the world back to O when O is narrower. A refresh can
+    also be "int8-delta" or "int4-delta". Quantised formats are for matrices: see KINDS and Rule.
+    wire: "paper" is int8 gathers (so refreshes) and int4 reductions (so syncs), where these are not given.
+    full_refresh_every: with a delta refresh, every so many optimizer steps a full one (0: after other writes only).
+    error_feedback: None, or beta in [0, 1): what quantising a gradient loses on this rank is added to its next one. The state is
+    beta times the old one and 1 - beta times the new loss (LoCo's moving average; 0: the loss itself).
+    peer_gather: levels whose quantised gather hop reads the other ranks' memory in one kernel instead of receiving a message.
     bucket_bytes: the size that a message aims at.  name: a label.
-    wire: "paper" asks for int8 gathers and int4 reductions, refused in this version.
 
     Order is checked here where names are on the canonical ladder, and for all names in `resolve`.
     Raises ValueError naming the field, its value and the valid ones.
@@ -85,31 +113,45 @@ class Plan:
     gradients: str = "node"
     optimizer: str = "world"
     _: KW_ONLY
-    gather: Formats = "native"
-    reduce: Formats = "fp32"
+    gather: Formats | None = None
+    reduce: Formats | None = None
     sync: Formats | None = None
     refresh: Formats | None = None
-    back: Formats = "fp32"
+    back: Formats | None = None
+    full_refresh_every: int = 0
+    error_feedback: float | None = None
+    peer_gather: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     bucket_bytes: int = 25 * 2**20
     name: str = "custom"
     wire: InitVar[str | None] = None
 
     def __post_init__(self, wire: str | None) -> None:
-        if wire is not None:
-            known = 'wire="paper" is int8 gathers and int4 reductions: not in this version' if wire == "paper" else ""
-            raise ValueError(f"wire={wire!r}: {known or 'unknown'}; leave it out and give formats per transfer")
+        if wire not in (None, *WIRES):
+            raise ValueError(f"wire={wire!r}: unknown; valid: {', '.join(WIRES)}, or leave it out and give formats per transfer")
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name={self.name!r}: must be a text")
         for owner in _OWNERS:
             _check_placement(owner, getattr(self, owner))
         for transfer in TRANSFERS:
             value = getattr(self, transfer)
-            if value is not None or transfer not in ("sync", "refresh"):
+            if value is None:
+                value = WIRES.get(wire or "", {}).get(transfer, _DEFAULTS.get(transfer))
+            if value is not None:
                 object.__setattr__(self, transfer, freeze_formats(transfer, value))
-        size = self.bucket_bytes
+        size, every, beta = self.bucket_bytes, self.full_refresh_every, self.error_feedback
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"bucket_bytes={size!r}: must be a number of bytes from 1")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+            raise ValueError(f"full_refresh_every={every!r}: must be a number of optimizer steps, or 0 for never")
+        if beta is not None and (isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta < 1):
+            raise ValueError(f"error_feedback={beta!r}: must be None, or a number from 0 up to, not including, 1")
+        if isinstance(self.peer_gather, str) or not isinstance(self.peer_gather, Iterable):
+            raise ValueError(f"peer_gather={self.peer_gather!r}: must be a sequence of level names, such as ('pair',)")
+        object.__setattr__(self, "peer_gather", tuple(self.peer_gather))
+        for level in self.peer_gather:
+            if level not in PEER_LEVELS:
+                raise ValueError(f"peer_gather names {level!r}: memory can be read over {', '.join(PEER_LEVELS)}")
         if isinstance(self.rules, (str, Rule)) or not isinstance(self.rules, Iterable):
             raise ValueError(f"rules={self.rules!r}: must be a sequence of Rule")
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -149,11 +191,11 @@ class Plan:
             return cls.preset(plan)
         raise ValueError(f"plan {plan!r}: valid: a Plan or one of {', '.join(PRESETS)}")
 
-    def resolve(self, topology: Topology, compute: str) -> ResolvedPlan:
-        """This plan on a topology, computing in "float32" or "bfloat16". A level that the topology lacks becomes the
-        next slower one that exists. ValueError if placements are then out of order, or name a level (or a format's
-        level) that nobody knows."""
-        return ResolvedPlan(self, topology, compute)
+    def resolve(self, topology: Topology, compute: str, chip: str = "") -> ResolvedPlan:
+        """This plan on a topology, computing in "float32" or "bfloat16" on a chip ("": the topology's). A level that the topology
+        lacks becomes the next slower one that exists. ValueError if placements are then out of order, or name a level (or a
+        format's level) that nobody knows, or if a format is not for this chip."""
+        return ResolvedPlan(self, topology, compute, chip or topology.device.chip)
 
 
 @dataclass(frozen=True)
@@ -163,6 +205,7 @@ class ResolvedPlan:
     plan: Plan
     topology: Topology
     compute: str
+    chip: str = ""
 
     def __post_init__(self) -> None:
         if self.compute not in COMPUTE_FORMATS:
@@ -173,15 +216,14 @@ class ResolvedPlan:
             _check_order(
                 f"{what} on topology {self.topology.key}", places, {p: self.topology.index(p) for p in places.values()}
             )
-        for transfer in TRANSFERS:
-            for level in self._named_levels(transfer):
-                if level not in self.topology.names and level not in LADDER:
-                    valid = ", ".join(dict.fromkeys((*self.topology.names, *LADDER)))
-                    raise ValueError(f"{transfer} names the unknown level {level!r}; valid: {valid}")
-
-    def _named_levels(self, transfer: str) -> list[str]:
-        value = getattr(self.plan, transfer)
-        return [level for level, _ in value] if isinstance(value, tuple) else []
+        for source in (self.plan, *self.plan.rules):
+            what = "" if isinstance(source, Plan) else f"rule {source.match!r}: "
+            for transfer in TRANSFERS:
+                for level in _named_levels(getattr(source, transfer)):
+                    if level not in self.topology.names and level not in LADDER:
+                        valid = ", ".join(dict.fromkeys((*self.topology.names, *LADDER)))
+                        raise ValueError(f"{what}{transfer} names the unknown level {level!r}; valid: {valid}")
+                self.formats(transfer, rule=None if isinstance(source, Plan) else source)
 
     @property
     def weights(self) -> int:
@@ -204,36 +246,74 @@ class ResolvedPlan:
         parameters and those of one row stay whole (0)."""
         if dim == 0 or rows <= 1 or numel == 0:
             return 0, 0, 0
-        rule = next((rule for rule in self.plan.rules if rule.matches(name, numel)), None)
+        rule = self.rule(name, numel)
         cap = max(k for k, extent in enumerate(self.topology.extents) if extent <= rows)
         places = self.plan.placements(rule)
         w, g, o = (min(self.topology.index(places[owner]), cap) for owner in _OWNERS)
         return w, g, o
 
-    def formats(self, transfer: str, compute: str = "") -> tuple[WireFormat, ...]:
-        """The wire format of a transfer at each level 1..m; never "native". ValueError for an unknown transfer.
+    def formats(self, transfer: str, compute: str = "", rule: Rule | None = None) -> tuple[WireFormat, ...]:
+        """The wire format of a transfer at each level 1..m; never "native". ValueError for an unknown transfer, for fp8 on a chip
+        without it, for a refresh that is a delta at some levels only.
 
-        `compute` is the dtype of a parameter that differs from the model's main one: what native means for it.
+        `compute` is the dtype of a parameter that differs from the model's main one: what native means for it. `rule` is what
+        matches the parameter. This is what the plan says for matrices: see `wires`.
         """
         compute = compute or self.compute
         if transfer not in TRANSFERS:
             raise ValueError(f"unknown transfer {transfer!r}; valid: {', '.join(TRANSFERS)}")
-        value: Formats | None = getattr(self.plan, transfer)
+        value: Formats | None = rule and getattr(rule, transfer)
+        if value is None:
+            value = getattr(self.plan, transfer)
         if isinstance(value, WireFormat):
-            return (value.resolved(compute),) * len(self.topology.levels)
-        if transfer in ("sync", "refresh"):
-            default = self.formats("reduce" if transfer == "sync" else "gather", compute)
+            found = (value.resolved(compute, self.chip),) * len(self.topology.levels)
         else:
-            wire = WireFormat.parse("native" if transfer == "gather" else "fp32").resolved(compute)
-            default = (wire,) * len(self.topology.levels)
-        given = {level: wire.resolved(compute) for level, wire in value} if isinstance(value, tuple) else {}
-        return tuple(given.get(level, wire) for level, wire in zip(self.topology.names, default, strict=True))
+            if transfer in ("sync", "refresh"):
+                default = self.formats("reduce" if transfer == "sync" else "gather", compute, rule)
+            else:
+                wire = WireFormat.parse(_DEFAULTS[transfer]).resolved(compute)
+                default = (wire,) * len(self.topology.levels)
+            given = {a: wire.resolved(compute, self.chip) for a, wire in value} if isinstance(value, tuple) else {}
+            found = tuple(given.get(level, wire) for level, wire in zip(self.topology.names, default, strict=True))
+        if any(wire.delta for wire in found) and len(set(found)) > 1:
+            text = ", ".join(f"{level} {wire.short}" for level, wire in zip(self.topology.names, found, strict=True))
+            raise ValueError(f"{transfer} ({text}): a delta goes on over all levels of a refresh as it is; give one format for all")
+        return found
+
+    def wires(self, name: str, shape: Sequence[int], compute: str = "", kind: str = "matrix") -> Wires:
+        """The formats that the transfers of one parameter have, and the block that its shards are padded to.
+
+        A quantised format that the plan gives (not a rule that names the parameter) is replaced by the transfer's native default
+        for embeddings, norms and vectors, and for a parameter whose shard does not fill one block.
+        """
+        numel = math.prod(shape)
+        rule = self.rule(name, numel)
+        rows = shape[0] if shape else 1
+        _, _, o = self.placement(name, rows, numel, len(shape))
+        found: dict[str, tuple[WireFormat, ...]] = {}
+        for transfer in TRANSFERS:
+            own = rule is not None and _given_by(rule, transfer)
+            wires = self.formats(transfer, compute, rule)
+            if not own:
+                default = "fp32" if transfer in ("reduce", "sync", "back") else "native"
+                native = WireFormat.parse(default).resolved(compute or self.compute)
+                piece = -(-rows // self.topology.extents[o]) * (numel // rows if rows else 0)
+                piece = -(-piece // (self.topology.extents[-1] // self.topology.extents[o]))
+                wires = tuple(
+                    native if wire.quantized and (kind != "matrix" or piece < wire.block) else wire for wire in wires
+                )
+            found[transfer] = wires
+        return Wires(**found)
+
+    def rule(self, name: str, numel: int) -> Rule | None:
+        """The rule that holds for a parameter, if any."""
+        return next((rule for rule in self.plan.rules if rule.matches(name, numel)), None)
 
     @property
     def key(self) -> str:
         """16 hexadecimal digits over every field of the plan, the topology (levels with their rates, device, order)
         and the compute dtype: for cache keys and for agreement between ranks. The same in every process."""
-        content = json.dumps([asdict(self.plan), asdict(self.topology), self.compute], sort_keys=True)
+        content = json.dumps([asdict(self.plan), asdict(self.topology), self.compute, self.chip], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def describe(self) -> str:
@@ -247,15 +327,25 @@ class ResolvedPlan:
         for rule in self.plan.rules:
             at_most = "" if rule.max_elements is None else f" up to {rule.max_elements} elements"
             over = [f"{owner} {self._became(getattr(rule, owner))}" for owner in _OWNERS if getattr(rule, owner)]
+            over += [f"{transfer} {_said(getattr(rule, transfer))}" for transfer in TRANSFERS if getattr(rule, transfer)]
             lines.append(f"  rule {rule.match}{at_most}: {', '.join(over) or 'as the plan'}")
         for transfer in TRANSFERS:
             formats = self.formats(transfer)
             one = len(set(formats)) == 1
             pairs = zip(topology.names, formats, strict=True)
-            text = formats[0].name if one else ", ".join(f"{level} {wire.name}" for level, wire in pairs)
-            absent = [level for level in self._named_levels(transfer) if level not in topology.names]
+            text = formats[0].short if one else ", ".join(f"{level} {wire.short}" for level, wire in pairs)
+            absent = [level for level in _named_levels(getattr(self.plan, transfer)) if level not in topology.names]
             note = f" (unused: no level {', '.join(f'`{level}`' for level in absent)})" if absent else ""
             lines.append(f"  {transfer + ':':<11}{text}{note}")
+        if any(wire.quantized for transfer in TRANSFERS for wire in self.formats(transfer)):
+            lines.append(f"  {'native:':<11}embeddings, norms, vectors, shards smaller than a block, unless a rule says otherwise")
+        if any(wire.delta for wire in self.formats("refresh")):
+            every = f" and every {self.plan.full_refresh_every} steps" if self.plan.full_refresh_every else ""
+            lines.append(f"  {'full:':<11}a refresh after every write that is no optimizer step{every}")
+        if self.plan.error_feedback is not None:
+            lines.append(f"  {'feedback:':<11}beta {self.plan.error_feedback:g}, where gradients are quantised")
+        if self.plan.peer_gather:
+            lines.append(f"  {'peer:':<11}gathers over {', '.join(self.plan.peer_gather)} read memory")
         lines.append(f"  {'bucket:':<11}{self.plan.bucket_bytes} bytes")
         return "\n".join(lines)
 
@@ -267,6 +357,39 @@ class ResolvedPlan:
         if place == "world":
             return f"world ({self.topology.extents[index]} ranks, up to {level})"
         return f"{place} -> {level} (no level `{place}` in {self.topology.key})"
+
+
+@dataclass(frozen=True)
+class Wires:
+    """The wire formats of one parameter: per transfer one for each level 1..m."""
+
+    gather: tuple[WireFormat, ...]
+    reduce: tuple[WireFormat, ...]
+    sync: tuple[WireFormat, ...]
+    refresh: tuple[WireFormat, ...]
+    back: tuple[WireFormat, ...]
+
+    @property
+    def block(self) -> int:
+        """What shards are padded to a multiple of: the largest block of its quantised formats (all are powers of two), or 1."""
+        return max((wire.block for t in TRANSFERS for wire in getattr(self, t) if wire.quantized), default=1)
+
+
+def _given_by(rule: Rule, transfer: str) -> bool:
+    """Whether a rule itself gives a transfer's format, or that of the one which it follows."""
+    follows = {"sync": "reduce", "refresh": "gather"}.get(transfer, transfer)
+    return getattr(rule, transfer) is not None or getattr(rule, follows) is not None
+
+
+def _named_levels(value: Formats | None) -> list[str]:
+    return [level for level, _ in value] if isinstance(value, tuple) else []
+
+
+def _said(value: Formats) -> str:
+    if isinstance(value, WireFormat):
+        return value.short
+    assert isinstance(value, tuple)
+    return " ".join(f"{level}={wire.short}" for level, wire in value)
 
 
 def _check_placement(what: str, place: object) -> None:

@@ -1,8 +1,9 @@
 """The reference that sharded training is compared with, bit for bit: a plain dense model in one process, eager, nothing sharded.
 
 It computes the gradient of every rank and micro-batch with ordinary autograd and adds them up in the order in which the plan's hops
-do, which the sharding does not change: a hop over a level of size s sums s neighbours in coordinate order, in fp32, after casting each
-to the hop's wire dtype. Which rank owns which rows plays no part, so nothing here knows layouts, padding, groups or graphs.
+do, which the sharding does not change: a hop over a level of size s sums s neighbours in coordinate order, in fp32, after sending each
+through the hop's wire format. Which rank owns which rows plays no part, so nothing here knows padding, groups or graphs; of a quantised
+format it has to know where its blocks begin, and codes and decodes them with the torch reference (zcompile.kernels.reference).
 
     gradient of (rank, micro-batch)   autograd's, reads of one weight summed in autograd's order
     -> G                              hops over the levels up to G, fastest first
@@ -10,7 +11,7 @@ to the hop's wire dtype. Which rank owns which rows plays no part, so nothing he
     -> world                          hops over the levels beyond G, fastest first; casts of the way back to O
     mean                              one division by the world size
     step                              the optimizer, on dense fp32 masters
-    -> weights                        casts of the refresh, of the compute copy, of the gather, to the compute dtype
+    -> weights                        casts of the refresh (or its delta), of the compute copy, of the gather, to the compute dtype
 """
 
 from __future__ import annotations
@@ -23,10 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zcompile.kernels import reference as quantisers
+from zcompile.kernels.geometry import Geometry, Piece
+from zcompile.layout import Layout
+from zcompile.params import kind_of, named_owners
 from zcompile.plan import ResolvedPlan
+from zcompile.wire import COMPUTE_FORMATS, WireFormat
 
 Hop = tuple[int, str]
-"""(ranks that it sums, torch dtype name on the wire)"""
+"""(ranks that it sums, wire format)"""
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -39,75 +45,116 @@ class Order:
 
     Attributes:
         reduce, sync: hops up to G, and from there to the world, in the order they run.
-        back: dtypes through which the sum comes back from the world to O, fp32 left out.
-        weight: dtypes through which a master becomes the weight of a forward, fp32 left out.
+        back: formats through which the sum comes back from the world to O, fp32 left out.
+        delta: format of a delta refresh, "" for none; `full_every` steps apart it is a full one (0: never).
+        weight: formats through which a master (with a delta refresh: its image) becomes the weight of a forward, fp32 left out.
         compute: dtype of that weight.
+        blocks: where quantisation blocks lie in the parameter (`Geometry.text`), "" if nothing is quantised.
+        feedback: beta of the error feedback, None for none.
     """
 
     reduce: tuple[Hop, ...]
     sync: tuple[Hop, ...]
     back: tuple[str, ...]
+    delta: str
+    full_every: int
     weight: tuple[str, ...]
     compute: str
+    blocks: str
+    feedback: float | None
 
     @classmethod
-    def of(cls, plan: ResolvedPlan, name: str, shape: Sequence[int], compute: str) -> Order:
-        """The order of the parameter `name` of `shape`, seen as `compute` by a forward."""
+    def of(cls, plan: ResolvedPlan, name: str, shape: Sequence[int], compute: str, kind: str = "matrix") -> Order:
+        """The order of the parameter `name` of `shape`, of a kind (zcompile.plan.KINDS), seen as `compute` by a forward."""
         numel = torch.Size(shape).numel()
         w, g, o = plan.placement(name, shape[0] if shape else 1, numel, len(shape))
         sizes = plan.topology.sizes
-        wires = {
-            t: [f.torch_name for f in plan.formats(t, compute)] for t in ("gather", "reduce", "sync", "refresh", "back")
-        }
+        wires = plan.wires(name, shape, compute, kind)
         travelling = [j for j in range(len(sizes)) if sizes[j] > 1 and numel]
-        gathered = [wires["gather"][j] for j in reversed(travelling) if j < w]
-        casts = [wires["refresh"][j] for j in reversed(travelling) if w <= j < o]
-        casts += [gathered[0] if gathered else compute, *gathered, compute]
+        gathered = [wires.gather[j].text for j in reversed(travelling) if j < w]
+        refreshed = [wires.refresh[j] for j in reversed(travelling) if w <= j < o]
+        native = COMPUTE_FORMATS[compute]
+        delta = refreshed[0].text if refreshed and refreshed[0].delta else ""
+        casts = [] if delta else [wire.text for wire in refreshed]
+        casts += [gathered[0] if gathered else native, *gathered, native]
+        layout = Layout(tuple(shape), sizes, o, wires.block)
+        blocks = Geometry(layout.shards * layout.replicas, (Piece(layout.piece, numel, layout.spans(layout.piece)),), False)
         return cls(
-            reduce=tuple((sizes[j], wires["reduce"][j]) for j in travelling if j < g),
-            sync=tuple((sizes[j], wires["sync"][j]) for j in travelling if j >= g),
-            back=_narrow(wires["back"][j] for j in reversed(travelling) if j >= o),
+            reduce=tuple((sizes[j], wires.reduce[j].text) for j in travelling if j < g),
+            sync=tuple((sizes[j], wires.sync[j].text) for j in travelling if j >= g),
+            back=_narrow(wires.back[j].text for j in reversed(travelling) if j >= o),
+            delta=delta,
+            full_every=plan.plan.full_refresh_every if delta else 0,
             weight=_narrow(casts),
             compute=compute,
+            blocks=blocks.text if wires.block > 1 else "",
+            feedback=plan.plan.error_feedback,
         )
+
+    def sent(self, x: Tensor, wire: str) -> Tensor:
+        """What arrives of `x` in a wire format, fp32."""
+        how = WireFormat.parse(wire)
+        if not how.quantized:
+            return x.to(getattr(torch, how.torch_name)).to(torch.float32)
+        geometry, code = Geometry.parse(self.blocks), how.code
+        message = quantisers.quantize([x.to(torch.float32)], geometry, code)
+        return quantisers.dequantize(message, geometry, code, torch.float32)[: x.numel()].view(x.shape)
 
     def to_g(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """One gradient per position in the topology -> one fp32 sum per group of G, in position order."""
-        return _sum(grads, self.reduce)
+        return self._sum(grads, self.reduce)
 
     def to_o(self, sums: Sequence[Tensor]) -> Tensor:
         """One sum per group of G -> the mean over all ranks, fp32."""
-        (total,) = _sum(sums, self.sync)
-        for name in self.back:
-            total = total.to(getattr(torch, name)).to(torch.float32)
+        (total,) = self._sum(sums, self.sync)
+        for wire in self.back:
+            total = self.sent(total, wire)
         world = 1
         for size, _ in (*self.reduce, *self.sync):
             world *= size
         return total / world if world > 1 else total
 
     def to_weight(self, master: Tensor) -> Tensor:
-        """A dense fp32 master -> the weight that a forward sees."""
-        for name in self.weight:
-            master = master.to(getattr(torch, name))
+        """A dense fp32 master (or image) -> the weight that a forward sees."""
+        for wire in self.weight:
+            master = self.sent(master, wire)
         return master.to(getattr(torch, self.compute))
 
+    def to_image(self, master: Tensor, image: Tensor | None) -> Tensor:
+        """What the holders of the compute copy have after a refresh: the master in the compute dtype, or `image` and a delta."""
+        if image is None:
+            return master.to(getattr(torch, self.compute), copy=True)
+        wide = image.to(torch.float32)
+        return (wide + self.sent(master - wide, self.delta)).to(image.dtype)
 
-def _narrow(names: Iterable[str]) -> tuple[str, ...]:
-    """Casts that can change a value: widening one is exact, and repeating one changes nothing more."""
+    def compensated(self, x: Tensor, error: Tensor, hops: Sequence[Hop]) -> tuple[Tensor, Tensor]:
+        """Error feedback: (x + error, the next error), for what the first of `hops` is about to send."""
+        assert self.feedback is not None
+        total = x.to(torch.float32) + error
+        lost = total - self.sent(total, hops[0][1])
+        return total, self.feedback * error + (1 - self.feedback) * lost if self.feedback else lost
+
+    def compensates(self, hops: Sequence[Hop]) -> bool:
+        return self.feedback is not None and bool(hops) and WireFormat.parse(hops[0][1]).quantized
+
+    def _sum(self, parts: Sequence[Tensor], hops: Iterable[Hop]) -> list[Tensor]:
+        """Each hop sums neighbours: positions count the fastest level first, so its group is `size` consecutive entries."""
+        found = list(parts)
+        for size, wire in hops:
+            arrived = [self.sent(part, wire) for part in found]
+            found = [_in_order(arrived[start : start + size]) for start in range(0, len(arrived), size)]
+        return [part.to(torch.float32) for part in found]
+
+
+def _narrow(wires: Iterable[str]) -> tuple[str, ...]:
+    """Formats that can change a value: fp32 is exact, and going on in the same one changes nothing more."""
     kept: list[str] = []
-    for name in names:
-        if name != "float32" and kept[-1:] != [name]:
-            kept.append(name)
+    before = ""
+    for wire in wires:
+        if wire not in ("fp32", before):
+            kept.append(wire)
+        before = wire
     return tuple(kept)
-
-
-def _sum(parts: Sequence[Tensor], hops: Iterable[Hop]) -> list[Tensor]:
-    """Each hop sums neighbours: positions count the fastest level first, so its group is `size` consecutive entries."""
-    found = list(parts)
-    for size, wire in hops:
-        sent = [part.to(getattr(torch, wire)).to(torch.float32) for part in found]
-        found = [_in_order(sent[start : start + size]) for start in range(0, len(sent), size)]
-    return [part.to(torch.float32) for part in found]
 
 
 def _in_order(terms: Sequence[Tensor]) -> Tensor:
@@ -146,11 +193,17 @@ class Reference:
         self.loss = loss
         self._model = copy.deepcopy(model)
         self._weights = dict(self._model.named_parameters())
+        self._images: dict[str, Tensor] = {}
+        self._deltas: dict[str, int] = {}
+        self._errors: dict[tuple[str, str, int], Tensor] = {}
+        """State of the error feedback by name, "reduce" or "sync", and position (or group of G)."""
+        owners = {found[0][0]: [module for _, module, _ in found] for found in named_owners(self._model).values()}
         self.orders: dict[str, Order] = {}
         self.masters: dict[str, nn.Parameter] = {}
         for name, weight in self._weights.items():
             compute = str(compute_dtype or weight.dtype).removeprefix("torch.")
-            self.orders[name] = Order.of(plan, name, tuple(weight.shape), compute)
+            kind = kind_of(tuple(weight.shape), owners[name])
+            self.orders[name] = Order.of(plan, name, tuple(weight.shape), compute, kind)
             master = weight.detach().to(torch.float32, copy=True)
             self.masters[name] = nn.Parameter(master, requires_grad=weight.requires_grad)
         self._optimizer = optimizer(self.masters.values())
@@ -177,20 +230,39 @@ class Reference:
                     continue
                 weight = self._weights[name]
                 whole = [torch.zeros_like(weight) if grad is None else grad for grad in found]
-                reduced = self.orders[name].to_g(whole)
+                reduced = self.orders[name].to_g(self._compensate(name, "reduce", whole))
                 if micro_batches > 1:
                     before = at_g.get(name) or [torch.zeros_like(part) for part in reduced]
                     reduced = [main + part for main, part in zip(before, reduced, strict=True)]
                 at_g[name] = reduced
         for name, master in self.masters.items():
-            master.grad = self.orders[name].to_o(at_g[name]) if name in at_g else None
+            sums = self._compensate(name, "sync", at_g[name]) if name in at_g else None
+            master.grad = None if sums is None else self.orders[name].to_o(sums)
         self._optimizer.step()
         return losses
+
+    def _compensate(self, name: str, transfer: str, parts: list[Tensor]) -> list[Tensor]:
+        order = self.orders[name]
+        hops = order.reduce if transfer == "reduce" else order.sync
+        if not order.compensates(hops):
+            return parts
+        out = []
+        for position, part in enumerate(parts):
+            key = (name, transfer, position)
+            error = self._errors.get(key, torch.zeros(part.shape))
+            total, self._errors[key] = order.compensated(part, error, hops)
+            out.append(total)
+        return out
 
     def _refresh(self) -> None:
         with torch.no_grad():
             for name, weight in self._weights.items():
-                weight.data = self.orders[name].to_weight(self.masters[name]).clone()
+                order, source = self.orders[name], self.masters[name].detach()
+                if order.delta:
+                    full = name not in self._images or 0 < order.full_every <= self._deltas[name]
+                    self._deltas[name] = 0 if full else self._deltas[name] + 1
+                    source = self._images[name] = order.to_image(source, None if full else self._images[name])
+                weight.data = order.to_weight(source).clone()
 
     def _backward(self, batch: Any, grads: dict[str, list[Tensor | None]]) -> Tensor:
         loss = self.loss(self._model, batch)

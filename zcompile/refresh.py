@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor
@@ -22,19 +22,42 @@ from torch import Tensor
 from zcompile import transfers
 from zcompile._torch_compat import register_future
 from zcompile.params import Unit
+from zcompile.wire import COMPUTE_FORMATS, WireFormat
 
-_c10d = torch.ops._c10d_functional
+
+def run_hops(unit: Unit, full: bool = True) -> None:
+    """Bring `unit.copy` up to date with its master; returns when the copy is written (on a GPU: enqueued).
+
+    Args:
+        full: of a unit with a delta refresh: send weights, not what has changed.
+    """
+    first, rows = unit.first, unit.first.layout.shards // unit.first.layout.extents[unit.first.w]
+    if unit.image is not None and not full:
+        transfers.refresh_delta(unit.master, unit.image, unit.row, unit.specs)
+    else:
+        x, have = transfers.refresh(unit.master, unit.specs, full=unit.image is not None)
+        if unit.image is None:
+            unit.copy.copy_(transfers.convert(x, have, first.stored, transfers.flat_geometry(rows, unit.specs)))
+            return
+        unit.image.view(-1).copy_(x)
+    if unit.coded:  # a copy of codes: made from the image here, once, not in every gather
+        native = WireFormat.parse(COMPUTE_FORMATS[first.compute])
+        geometry = transfers.flat_geometry(rows, unit.specs)
+        unit.copy.copy_(transfers.convert(unit.image.view(-1), native, first.stored, geometry))
 
 
-def run_hops(unit: Unit) -> None:
-    """Bring `unit.copy` up to date with its master; returns when the copy is written (on a GPU: enqueued)."""
-    x = unit.master
-    first = unit.first
+def sent(unit: Unit, full: bool) -> dict[int, int]:
+    """level -> bytes that one rank receives in a refresh of this unit: by the sizes of its messages, for the ledger."""
+    first, out, rows = unit.first, {}, 1
     for level in unit.refresh_hops():
-        wire = transfers.dtype(unit.refresh[level - 1])
-        role = first.role(level, "refresh")
-        x = _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.to(wire), first.sizes[level - 1], role))
-    unit.copy.copy_(x)
+        wire = WireFormat.parse(COMPUTE_FORMATS[first.compute] if full else first.refresh[level - 1])
+        if wire.quantized:
+            message = transfers.flat_geometry(rows, unit.specs).message_bytes(wire.code)
+        else:
+            message = rows * unit.master.numel() * transfers.dtype(wire.text).itemsize
+        out[level] = (first.sizes[level - 1] - 1) * message
+        rows *= first.sizes[level - 1]
+    return out
 
 
 class _Worker:
@@ -69,18 +92,21 @@ class Refresher:
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def launch(self, units: Iterable[Unit]) -> None:
-        """Start the refresh of `units`, in order; their copies may be read after a wait on the copy's storage.
+    def launch(self, units: Iterable[Unit], full: Collection[Unit] = ()) -> None:
+        """Start the refresh of `units`, in order; their copies may be read after a wait on the copy's storage. Those that are in
+        `full` too send weights where the plan says deltas.
 
         A unit's `seen` is the version of the master that its copy will hold. On the meta device there is nothing to bring.
         """
         for unit in units:
-            unit.seen = unit.version
+            unit.seen = unit.stepped = unit.version
+            unit.foreign = False
+            unit.deltas = 0 if unit in full else unit.deltas + 1
             if unit.master.is_meta:
                 continue
             if not unit.refresh_hops():
                 with torch.no_grad():
-                    unit.copy.copy_(unit.master)
+                    run_hops(unit)
                 continue
             future: torch.futures.Future[Tensor] = torch.futures.Future(
                 devices=[self._device] if self._stream else None
@@ -88,11 +114,11 @@ class Refresher:
             register_future(unit.copy, future)
             self._futures.append(future)
             if self._stream is None:
-                _WORKER.put(functools.partial(_run, unit, future))
+                _WORKER.put(functools.partial(_run, unit, unit in full, future))
             else:
                 self._stream.wait_stream(torch.cuda.current_stream(self._device))
                 with torch.cuda.stream(self._stream):
-                    _run(unit, future)
+                    _run(unit, unit in full, future)
 
     def drain(self) -> None:
         """Wait for every refresh that was launched: one that no forward read included. Raises what a refresh raised."""
@@ -101,10 +127,10 @@ class Refresher:
             future.wait()
 
 
-def _run(unit: Unit, future: torch.futures.Future[Tensor]) -> None:
+def _run(unit: Unit, full: bool, future: torch.futures.Future[Tensor]) -> None:
     try:
         with torch.no_grad():
-            run_hops(unit)
+            run_hops(unit, full)
     except Exception as error:
         future.set_exception(error)  # type: ignore[arg-type]
     else:

@@ -7,11 +7,11 @@ collective nodes in the graphs that ran, *counted* what the process groups were 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zcompile import cost, transfers
+from zcompile import cost, refresh
 from zcompile.cost import Bytes
 from zcompile.layout import ParamSpec
 from zcompile.params import Unit
@@ -78,16 +78,13 @@ class Traffic:
         cost.add(self._active.predicted, amount)
         cost.add(self._active.compiled, amount)
 
-    def refreshed(self, units: Iterable[Unit]) -> None:
+    def refreshed(self, units: Iterable[Unit], full: Collection[Unit]) -> None:
         for unit in units:
             for spec in unit.specs:
-                cost.add(self.step.predicted, cost.refresh_bytes(spec, unit.refresh))
-            n = unit.master.numel()
-            for level in unit.refresh_hops():
-                size = unit.first.sizes[level - 1]
-                itemsize = transfers.dtype(unit.refresh[level - 1]).itemsize
-                cost.add(self.step.compiled, {(unit.first.levels[level - 1], "refresh"): (size - 1) * n * itemsize})
-                n *= size
+                amount = cost.full_refresh_bytes(spec) if unit in full else cost.transfer_bytes(spec, "refresh")
+                cost.add(self.step.predicted, amount)
+            for level, amount in refresh.sent(unit, unit in full).items():
+                cost.add(self.step.compiled, {(unit.first.levels[level - 1], "refresh"): amount})
 
     def program(self, program: Any) -> None:
         """A compiled graph runs."""
@@ -126,15 +123,17 @@ def report(engine: Engine) -> dict[str, Any]:
         }
         for level in engine.plan.topology.names
     }
-    padding = {level: 0 for level in engine.plan.topology.names}
+    overhead = {level: {"padding": 0, "scales": 0} for level in engine.plan.topology.names}
     for unit in engine.units:
         for spec in unit.specs:
-            for transfer in ("gather", "reduce", "sync"):
-                for level, wire in cost.transfer_levels(spec, transfer):
-                    padding[spec.levels[level - 1]] += cost.padding_bytes(spec.layout, level, cost.ITEMSIZE[wire])
+            for transfer in cost.LEDGER_TRANSFERS:
+                for level, wire, kind in cost.transfer_levels(spec, transfer):
+                    padding, scales = cost.overhead_bytes(spec.layout, level, wire, kind)
+                    overhead[spec.levels[level - 1]]["padding"] += padding
+                    overhead[spec.levels[level - 1]]["scales"] += scales
     return {
         "levels": levels,
-        "padding_of_one_transfer_each": padding,
+        "overhead_of_one_transfer_each": overhead,
         "memory": engine.memory(),
         "plan": engine.plan.plan.name,
     }

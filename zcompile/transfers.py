@@ -5,64 +5,174 @@ the last axis ([..., shard_1 | shard_2 | ...]); a single parameter is a bucket o
 is one pack before the first hop, none between hops, and one unpack after the last.
 
 Gathers go outermost level first, reductions innermost first. A reduce hop is an all-to-all and a local fp32 sum in group order:
-its bits do not depend on bucketing, and it has the shape of a quantised hop. Levels of size 1 have no hop.
+its bits do not depend on bucketing. Levels of size 1 have no hop.
+
+A quantised hop sends a message (uint8) of records; zcompile.kernels.ops makes and reads them. The bits are those of the blocks of
+each parameter alone, so they do not depend on bucketing either. Here each kernel does one thing; the `quantize` pass fuses them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from zcompile.kernels import ops as kernels
+from zcompile.kernels.geometry import Geometry, Piece
 from zcompile.kernels.ordered_sum import ordered_sum
 from zcompile.layout import Layout, ParamSpec
+from zcompile.wire import COMPUTE_FORMATS, WireFormat
 
 _c10d = torch.ops._c10d_functional
+_FP32 = WireFormat.parse("fp32")
 
 
 def dtype(name: str) -> torch.dtype:
-    return getattr(torch, name)
+    """torch.float32 for "float32" and for the wire format "fp32"; uint8 for quantised ones."""
+    return getattr(torch, name if name in COMPUTE_FORMATS else WireFormat.parse(name).torch_name)
 
 
-def _gather_hop(x: Tensor, wire: str, spec: ParamSpec, level: int, transfer: str) -> Tensor:
-    """[n] -> [s_level * n] in the wire dtype, group-major; a level of size 1 has no hop and no cast."""
-    size = spec.sizes[level - 1]
-    if size == 1 or x.numel() == 0:
+def flat_geometry(rows: int, specs: Sequence[ParamSpec], pieces: bool = False) -> Geometry:
+    """Of [rows, shards of `specs` side by side]; `pieces`: their pieces (a shard's share of one replica) instead."""
+    return Geometry.of_rows(rows, tuple(spec.layout.piece if pieces else spec.layout.shard for spec in specs))
+
+
+def whole_geometry(specs: Sequence[ParamSpec], pieces: bool = False) -> Geometry:
+    """Of whole parameters beside messages that have a row for each shard (`pieces`: for each shard and replica)."""
+    first = specs[0].layout
+    widths = [spec.layout.piece if pieces else spec.layout.shard for spec in specs]
+    found = tuple(Piece(n, s.layout.numel, s.layout.spans(n)) for s, n in zip(specs, widths, strict=True))
+    return Geometry(first.shards * (first.replicas if pieces else 1), found, False)
+
+
+def convert(x: Tensor, have: WireFormat, want: WireFormat, geometry: Geometry) -> Tensor:
+    """Flat values or a message in one format -> in another; itself if they are the same. `geometry` is flat."""
+    have, want = have.whole, want.whole
+    if have == want:
         return x
-    return _c10d.wait_tensor(_c10d.all_gather_into_tensor(x.to(dtype(wire)), size, spec.role(level, transfer)))
+    if have.quantized:
+        plain = dtype(want.text) if not want.quantized else torch.float32
+        x = kernels.dequantize(x, geometry.text, have.code.text, plain)
+        return kernels.quantize([x], geometry.text, want.code.text) if want.quantized else x
+    return kernels.quantize([x], geometry.text, want.code.text) if want.quantized else x.to(dtype(want.text))
 
 
-def _reduce_hop(x: Tensor, wire: str, spec: ParamSpec, level: int, transfer: str) -> Tensor:
-    """[s_level * n] -> [n] fp32: this rank's slice, summed in group order."""
-    size = spec.sizes[level - 1]
-    if size == 1 or x.numel() == 0:
-        return x.to(torch.float32)
+def gather_hops(
+    x: Tensor, have: WireFormat, hops: Iterable[tuple[int, str]], specs: Sequence[ParamSpec], transfer: str, rows: int
+) -> tuple[Tensor, WireFormat, int]:
+    """Gather over levels, each hop (level, wire format) in turn; what a hop sends as it came is not touched.
+
+    Args:
+        x: flat [rows, shards] (for "back": pieces) in the format `have`.
+
+    Returns:
+        all rows, their format and their number: group-major.
+    """
+    first, pieces = specs[0], transfer == "back"
+    for level, text in hops:
+        size = first.sizes[level - 1]
+        if size == 1 or x.numel() == 0:
+            continue
+        wire = WireFormat.parse(text)
+        x = convert(x, have, wire, flat_geometry(rows, specs, pieces))
+        x = _c10d.wait_tensor(_c10d.all_gather_into_tensor(x, size, first.role(level, transfer)))
+        have, rows = wire.whole, rows * size
+    return x, have, rows
+
+
+def reduce_hops(
+    x: Tensor | None, grads: Sequence[Tensor], levels: range, specs: Sequence[ParamSpec], transfer: str
+) -> Tensor:
+    """Reduce over levels.
+
+    Args:
+        x: flat [rows, pieces] fp32, or None: then of the whole `grads`, which the first hop packs or quantises.
+
+    Returns:
+        flat fp32, this rank's rows, summed in group order.
+    """
+    first = specs[0]
+    wires = first.reduce if transfer == "reduce" else first.sync
+    rows = first.layout.extents[-1] // first.layout.extents[levels.start - 1]
+    empty = all(spec.layout.numel == 0 for spec in specs)
+    for level in levels:
+        size = first.sizes[level - 1]
+        if size == 1 or empty:
+            continue
+        wire, role = WireFormat.parse(wires[level - 1]), first.role(level, transfer)
+        rows //= size
+        if wire.quantized:
+            code, flat = wire.code.text, flat_geometry(rows, specs, pieces=True)
+            if x is None:
+                message = kernels.quantize(list(grads), whole_geometry(specs, pieces=True).text, code)
+            else:
+                message = kernels.quantize([x], flat_geometry(rows * size, specs, pieces=True).text, code)
+            x = kernels.reduce(_all_to_all(message, size, role), size, [], flat.text, code)
+        else:
+            x = pack(grads, specs) if x is None else x
+            x = ordered_sum(_all_to_all(x.to(dtype(wire.text)), size, role).view(size, x.numel() // size))
+    return (pack(grads, specs) if x is None else x).to(torch.float32)
+
+
+def _all_to_all(x: Tensor, size: int, role: str) -> Tensor:
     n = x.numel() // size
-    received = _c10d.all_to_all_single(x.to(dtype(wire)), [n] * size, [n] * size, spec.role(level, transfer))
-    return ordered_sum(_c10d.wait_tensor(received).view(size, n))
+    return _c10d.wait_tensor(_c10d.all_to_all_single(x, [n] * size, [n] * size, role))
 
 
 def gather(columns: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
     """Placement W down to whole.
 
     Args:
-        columns: [E_o / E_w, sum of shards], the compute copies of `specs` side by side.
+        columns: [E_o / E_w, sum of shards (of records)], the compute copies of `specs` side by side.
         specs: parameters with equal chains.
 
     Returns:
-        each whole parameter in its own shape and the compute dtype.
+        each whole parameter in its own shape and the compute dtype; quantised ones share one buffer.
     """
     first = specs[0]
-    x = columns.reshape(-1)
-    for level in range(first.w, 0, -1):
-        x = _gather_hop(x, first.gather[level - 1], first, level, "gather")
-    shards = first.layout.shards
-    x = x.view(shards, -1)
-    if len(specs) == 1:
-        return [unpack(x, first.layout).to(dtype(first.compute))]
-    pieces = x.split([spec.layout.shard for spec in specs], dim=1)
+    hops = ((level, first.gather[level - 1]) for level in range(first.w, 0, -1))
+    rows = first.layout.shards // first.layout.extents[first.w]
+    x, have, rows = gather_hops(columns.reshape(-1), first.stored, hops, specs, "gather", rows)
+    if have.quantized:
+        geometry = whole_geometry(specs)
+        buffer = kernels.dequantize(x, geometry.text, have.code.text, dtype(first.compute))
+        return [
+            buffer.narrow(0, at, spec.layout.numel).view(spec.shape)
+            for at, spec in zip(geometry.starts, specs, strict=False)
+        ]
+    x = x.view(rows, -1)
+    pieces = [x] if len(specs) == 1 else x.split([spec.layout.shard for spec in specs], dim=1)
     return [unpack(piece, spec.layout).to(dtype(spec.compute)) for piece, spec in zip(pieces, specs, strict=True)]
+
+
+def refresh(master: Tensor, specs: Sequence[ParamSpec], full: bool = False) -> tuple[Tensor, WireFormat]:
+    """Placement O to W: masters -> what the holders of the compute copies get, and its format.
+
+    Args:
+        master: [sum of shards] fp32, of all the parameters of one unit.
+        full: send weights in the compute dtype where the plan says deltas.
+    """
+    first = specs[0]
+    native = COMPUTE_FORMATS[first.compute]
+    hops = ((level, native if full else first.refresh[level - 1]) for level in first.refresh_levels())
+    x, have, _ = gather_hops(master, _FP32, hops, specs, "refresh", 1)
+    return x, have
+
+
+def refresh_delta(master: Tensor, image: Tensor, row: int, specs: Sequence[ParamSpec]) -> None:
+    """Placement O to W, in place: `image` [E_o / E_w, sum of shards] becomes closer to the masters by what a quantised delta brings.
+
+    Args:
+        row: which row of `image` is that of this rank's own masters.
+    """
+    first = specs[0]
+    wire = WireFormat.parse(first.refresh[first.w])
+    code = wire.code.text
+    own = kernels.quantize_delta(master, image[row], flat_geometry(1, specs).text, code)
+    hops = ((level, wire.text) for level in first.refresh_levels())
+    message, _, rows = gather_hops(own, wire, hops, specs, "refresh", 1)
+    kernels.apply_delta(image, message, flat_geometry(rows, specs).text, code)
 
 
 def reduce(grads: Sequence[Tensor], specs: Sequence[ParamSpec]) -> Tensor:
@@ -74,7 +184,7 @@ def reduce(grads: Sequence[Tensor], specs: Sequence[ParamSpec]) -> Tensor:
     Returns:
         [E_o / E_g, replicas, sum of pieces] fp32, flat: the buckets' main-grad layout.
     """
-    return _reduce(pack(grads, specs), specs[0], range(1, specs[0].g + 1), "reduce")
+    return reduce_hops(None, grads, range(1, specs[0].g + 1), specs, "reduce")
 
 
 def sync(x: Tensor, specs: Sequence[ParamSpec]) -> Tensor:
@@ -88,20 +198,31 @@ def sync(x: Tensor, specs: Sequence[ParamSpec]) -> Tensor:
     """
     first = specs[0]
     levels = len(first.sizes)
-    x = _reduce(x, first, range(first.g + 1, levels + 1), "sync")
-    for level in range(levels, first.o, -1):
-        x = _gather_hop(x, first.back[level - 1], first, level, "back").to(torch.float32)
+    x = reduce_hops(x, (), range(first.g + 1, levels + 1), specs, "sync")
+    back = ((level, first.back[level - 1]) for level in range(levels, first.o, -1))
+    x, have, rows = gather_hops(x, _FP32, back, specs, "back", 1)
+    x = convert(x, have, _FP32, flat_geometry(rows, specs, pieces=True))
     world = first.layout.extents[-1]
     if world > 1:
         x = x / world
     return x.view(first.layout.replicas, -1)
 
 
-def _reduce(x: Tensor, first: ParamSpec, levels: range, transfer: str) -> Tensor:
-    wires = first.reduce if transfer == "reduce" else first.sync
-    for level in levels:
-        x = _reduce_hop(x, wires[level - 1], first, level, transfer)
-    return x.to(torch.float32)
+def residual(x: Tensor, spec: ParamSpec, transfer: str) -> Tensor:
+    """What the first hop of a reduce or sync loses of `x` by quantising it: the new part of an error feedback's state.
+
+    Args:
+        x: the whole gradient (reduce), or flat at G (sync), fp32.
+    """
+    hop = spec.first_hop(transfer)
+    assert hop is not None
+    code = hop[1].code.text
+    if transfer == "reduce":
+        geometry = whole_geometry([spec], pieces=True)
+    else:
+        geometry = flat_geometry(spec.layout.extents[-1] // spec.layout.extents[spec.g], [spec], pieces=True)
+    sent = kernels.dequantize(kernels.quantize([x], geometry.text, code), geometry.text, code, torch.float32)
+    return x - sent.narrow(0, 0, x.numel()).view(x.shape)
 
 
 def pack(grads: Sequence[Tensor], specs: Sequence[ParamSpec]) -> Tensor:
@@ -162,14 +283,17 @@ def _pad(flat: Tensor, layout: Layout) -> Tensor:
 
 
 def columns(copy: Tensor, specs: Sequence[ParamSpec]) -> Tensor:
-    """The columns of `specs` out of their unit's copy [E_o / E_w, unit_shard]; the whole copy if `specs` is the whole unit."""
+    """The columns of `specs` out of their unit's copy [E_o / E_w, unit_shard], or [.., unit_record] bytes; the whole copy if `specs` is the whole unit."""
     first = specs[0]
-    rows = copy.view(first.layout.shards // first.layout.extents[first.w], first.unit_shard)
+    coded = first.stored.quantized
+    rows = copy.view(first.layout.shards // first.layout.extents[first.w], first.unit_record if coded else first.unit_shard)
     runs: list[list[int]] = []
     for spec in specs:
-        if runs and runs[-1][1] == spec.offset:
-            runs[-1][1] = spec.offset + spec.layout.shard
+        start = spec.record if coded else spec.offset
+        end = start + spec.stored.bytes(spec.layout.shard) if coded else start + spec.layout.shard
+        if runs and runs[-1][1] == start:
+            runs[-1][1] = end
         else:
-            runs.append([spec.offset, spec.offset + spec.layout.shard])
+            runs.append([start, end])
     parts = [rows.narrow(1, start, end - start) for start, end in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

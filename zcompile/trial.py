@@ -12,7 +12,7 @@ import functools
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -144,7 +144,7 @@ def references(model: str, plan: ResolvedPlan, runs: Iterable[tuple[str, int]], 
         orders = []
         for name, order in reference.orders.items():
             hops = (order.reduce, order.sync) if micro_batches > 1 else order.reduce + order.sync
-            orders.append((name, hops, order.back, order.weight, order.compute))
+            orders.append((name, replace(order, reduce=(), sync=()), hops))
         key = (model, optimizer, micro_batches, steps, plan.topology.order, tuple(orders))
         wanted.append((key, reference, micro_batches))
     missing = [(key, reference, k) for key, reference, k in wanted if key not in _REFERENCES]

@@ -10,7 +10,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zcompile.params import Slot, Unit
@@ -26,14 +26,23 @@ def watch(slots: list[Slot]) -> None:
     for slot in slots:
         _UNITS[slot.master] = weakref.ref(slot.unit)
     if _hook is None:
-        _hook = register_optimizer_step_post_hook(_stepped)
+        _hook = (register_optimizer_step_pre_hook(_stepping), register_optimizer_step_post_hook(_stepped))
+
+
+def _stepping(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for unit in _units(optimizer):
+        unit.foreign = unit.foreign or unit.stepped != unit.version
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    found = {unit_of(p) for group in optimizer.param_groups for p in group["params"]}
-    for unit in found - {None}:
-        assert unit is not None
+    for unit in _units(optimizer):
         unit.writes += 1
+        unit.stepped = unit.version
+
+
+def _units(optimizer: torch.optim.Optimizer) -> set[Unit]:
+    found = {unit_of(p) for group in optimizer.param_groups for p in group["params"]}
+    return {unit for unit in found if unit is not None}
 
 
 def unit_of(parameter: torch.Tensor) -> Unit | None:

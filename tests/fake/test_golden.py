@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import paper as world
 from support.spawn import Pool
 
+from zcompile import Plan
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 STAGES = {
     "joint": ("00-input", "01-merge", "02-tag"),
-    "forward": ("00-input", "01-bucket", "02-lower", "03-pin", "04-verify"),
-    "backward": ("00-input", "01-bucket", "02-lower", "03-pin", "04-verify"),
+    "forward": ("00-input", "01-bucket", "02-lower", "03-quantize", "04-pin", "05-verify"),
+    "backward": ("00-input", "01-bucket", "02-lower", "03-quantize", "04-pin", "05-verify"),
 }
+QUANTIZED = [(s, f) for s in ("forward", "backward") for f in ("02-lower.txt", "03-quantize.txt", "summary.txt")]
+"""Of the same model with int8 gathers and int4 reductions in blocks of 32: in tests/golden/quantized."""
 SHOWN = [(stage, f"{number}.txt") for stage, files in STAGES.items() for number in (*files, "summary")]
 
 
-def dump(_: int, folder: str, rank: int) -> list[str]:
+def dump(_: int, folder: str, rank: int, plan: Any = "zero_topo", width: int = 8) -> list[str]:
     """A step of Tiny on `rank`; returns the paths of the dump's files."""
-    world.step(world.wrapped(rank, dump=folder))
+    world.step(world.wrapped(rank, plan=plan, width=width, dump=folder))
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*.*") if path.is_file())
 
 
@@ -37,12 +42,31 @@ def dumped(paper: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def dumped_quantized(paper: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantized")
+    paper.run(dump, str(folder), 0, Plan.preset("zero_topo", gather="int8/32", reduce="int4/32"), 16)
+    return folder
+
+
 @pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="graphs of another torch have other ops")
 @pytest.mark.parametrize(("stage", "file"), SHOWN, ids=[f"{stage}-{file}" for stage, file in SHOWN])
 def test_dump_after_each_pass(dumped: Path, stage: str, file: str) -> None:
     found = (dumped / "rank0" / f"graph0.{stage}" / file).read_text()
     golden = GOLDEN / f"{stage}-{file}"
     if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(found)
+    assert found == golden.read_text()
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="graphs of another torch have other ops")
+@pytest.mark.parametrize(("stage", "file"), QUANTIZED, ids=[f"{stage}-{file}" for stage, file in QUANTIZED])
+def test_dump_of_quantised_hops(dumped_quantized: Path, stage: str, file: str) -> None:
+    """Format and block on every hop; a requantise between two of them."""
+    found = (dumped_quantized / "rank0" / f"graph0.{stage}" / file).read_text()
+    golden = GOLDEN / "quantized" / f"{stage}-{file}"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.parent.mkdir(exist_ok=True)
         golden.write_text(found)
     assert found == golden.read_text()
 
@@ -64,7 +88,7 @@ def test_two_ranks_dumps_are_equal_byte_for_byte_apart_from_times(dumped: Path) 
 def test_a_diff_leads_from_each_program_to_the_next(dumped: Path) -> None:
     place = dumped / "rank0" / "graph0.forward"
     changed = {path.name for path in place.glob("*.diff")}
-    assert changed == {"01-bucket.diff", "02-lower.diff"}, "pin and verify change nothing"
+    assert changed == {"01-bucket.diff", "02-lower.diff"}, "quantize has nothing to fuse, pin and verify change nothing"
     text = (place / "02-lower.diff").read_text()
     assert any(line.startswith("-gather ") for line in text.splitlines())
     assert any(line.startswith("+all_gather_into_tensor ") for line in text.splitlines())

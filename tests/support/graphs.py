@@ -16,7 +16,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
-from zcompile.layout import ParamSpec
+from zcompile.layout import TRANSFERS, ParamSpec, side_by_side
 from zcompile.ops import ACCUMULATE, DIRECT
 from zcompile.passes import runner
 from zcompile.passes.context import Context
@@ -28,19 +28,14 @@ LEVELS = ("pair", "node", "cluster")
 
 
 def unit(shapes: dict[str, tuple[int, ...]], *, sizes: tuple[int, ...] = (2, 2, 2), w: int = 1, g: int = 2, o: int = 3, unit: str = "u0",
-         wire: str = "float32", compute: str = "float32") -> list[ParamSpec]:  # fmt: skip
+         wire: str = "fp32", compute: str = "float32", block: int = 1, **formats: Any) -> list[ParamSpec]:  # fmt: skip
     """Parameters that lie side by side in one unit, as zcompile.params lays them out."""
-    wires = {t: (wire,) * len(sizes) for t in ("gather", "reduce", "sync", "back")}
+    wires = {t: (formats.get(t, wire),) * len(sizes) for t in TRANSFERS}
     place: dict[str, Any] = {
         "sizes": sizes, "levels": LEVELS[: len(sizes)], "topology": "x".join(map(str, sizes)),
-        "w": w, "g": g, "o": o, "compute": compute, "unit": unit, **wires,
+        "w": w, "g": g, "o": o, "compute": compute, "unit": unit, "block": block, **wires,
     }  # fmt: skip
-    bare = [ParamSpec(name=name, shape=shape, offset=0, unit_shard=0, **place) for name, shape in shapes.items()]
-    total, offset, found = sum(spec.layout.shard for spec in bare), 0, []
-    for spec in bare:
-        found.append(ParamSpec(name=spec.name, shape=spec.shape, offset=offset, unit_shard=total, **place))
-        offset += spec.layout.shard
-    return found
+    return side_by_side([ParamSpec(name=name, shape=shape, offset=0, unit_shard=0, **place) for name, shape in shapes.items()])
 
 
 class Hand:
@@ -68,6 +63,8 @@ class Hand:
     def copy(self, spec: ParamSpec) -> Node:
         """The compute copy of the unit of `spec`."""
         rows = spec.layout.shards // spec.layout.extents[spec.w]
+        if spec.stored.quantized:
+            return self.input(f"copy_{spec.unit}", rows * spec.unit_record, dtype=torch.uint8)
         return self.input(f"copy_{spec.unit}", rows * spec.unit_shard)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -83,7 +80,7 @@ class Hand:
             first = next(iter(self.graph.nodes))
             with self.graph.inserting_before(first):
                 leaf = self.input(f"leaf_{spec.name}", 0 if phase == ACCUMULATE else spec.layout.shard)
-        return self.call(GATHER, leaf, copy, main, spec.text, phase)
+        return self.call(GATHER, leaf, copy, main, [], spec.text, phase)
 
     def reduce(self, spec: ParamSpec, grad: Node) -> Node:
         return self.call(REDUCE, grad, spec.text)

@@ -48,16 +48,16 @@ def world(rank: int, size: int) -> None:
     Compilation._numbers = itertools.count()
 
 
-def wrapped(rank: int = 0, topology: str = "2x2x2", plan: Any = "zero_topo", blocks: int = 1, **settings: Any) -> Any:
+def wrapped(rank: int = 0, topology: str = "2x2x2", plan: Any = "zero_topo", blocks: int = 1, width: int = 8, **settings: Any) -> Any:
     """A Tiny on `rank` of a fake world of `topology`; node by node unless `settings` say otherwise."""
     size = 1
     for text in topology.split("x"):
         size *= int(text)
     world(rank, size)
     torch.manual_seed(0)
-    return hierarchical_zero(Tiny(blocks), topology=topology, plan=plan, **{"codegen": False, **settings})
+    return hierarchical_zero(Tiny(blocks, width), topology=topology, plan=plan, **{"codegen": False, **settings})
 
 
 def step(model: Any, rows: int = 4) -> None:
     """One forward and backward."""
-    model(torch.ones(rows, 8)).square().mean().backward()
+    model(torch.ones(rows, model.head.in_features)).square().mean().backward()

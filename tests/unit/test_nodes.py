@@ -105,6 +105,7 @@ def test_every_field_of_a_collective_is_part_of_its_identity() -> None:
         "dtype": "bfloat16",
         "bytes": 32,
         "parameters": ("b",),
+        "wire": "int8/256",
     }
     assert set(other) == {field.name for field in dataclasses.fields(Collective)}
     for field, value in other.items():

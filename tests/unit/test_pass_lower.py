@@ -100,7 +100,7 @@ def test_a_level_of_size_1_has_no_hop() -> None:
 
 
 def test_the_wire_format_is_what_travels_and_the_sum_is_fp32() -> None:
-    hand = backward(Hand("backward"), {"a": (8, 8)}, wire="bfloat16")
+    hand = backward(Hand("backward"), {"a": (8, 8)}, wire="bf16")
     assert {node.meta["val"].dtype for node in targets(hand.gm, ALL_TO_ALL)} == {torch.bfloat16}
     additions = [node for node in targets(hand.gm, aten.add.Tensor)]
     assert additions and all(node.meta["val"].dtype == torch.float32 for node in additions)

@@ -31,34 +31,115 @@ def names(formats: tuple[WireFormat, ...]) -> list[str]:
 
 def test_native_formats() -> None:
     fp32, bf16 = WireFormat.parse("fp32"), WireFormat.parse("bf16")
-    assert (fp32.bits, fp32.itemsize, fp32.torch_name) == (32, 4, "float32")
-    assert (bf16.bits, bf16.itemsize, bf16.torch_name) == (16, 2, "bfloat16")
+    assert (fp32.bits, fp32.bytes(3), fp32.torch_name) == (32, 12, "float32")
+    assert (bf16.bits, bf16.bytes(3), bf16.torch_name) == (16, 6, "bfloat16")
     assert WireFormat.parse(bf16) is bf16
     native = WireFormat.parse("native")
     assert (
         native.resolved("bfloat16") == bf16 and native.resolved("float32") == fp32 and fp32.resolved("bfloat16") == fp32
     )
     with pytest.raises(ValueError, match="no dtype of its own"):
-        _ = native.itemsize
+        native.bytes(1)
 
 
-@pytest.mark.parametrize("value", ["int8", "int4", "fp16", "float32", "FP32", "", None, 8])
+def test_quantised_formats() -> None:
+    int8, int4 = WireFormat.parse("int8"), WireFormat.parse("int4-delta/64/fp32/stochastic")
+    assert (int8.bits, int8.block, int8.scale, int8.rounding, int8.delta) == (8, 256, "bf16", "nearest", False)
+    assert (int4.bits, int4.block, int4.scale, int4.rounding, int4.delta) == (4, 64, "fp32", "stochastic", True)
+    assert (int8.short, int4.short) == ("int8/256", "int4-delta/64/fp32/stochastic")
+    assert WireFormat.parse("int4/stochastic/fp32/64") == WireFormat.parse("int4/64/fp32/stochastic") == int4.whole
+    for wire in (int8, int4, WireFormat.parse("fp8").resolved("bfloat16", "gfx942")):
+        assert WireFormat.parse(wire.text) == wire, "text is what parse reads"
+        assert wire.torch_name == "uint8"
+    assert int8.bytes(512) == 512 + 2 * 2 + 12, "codes, two scales, zeros up to 16 bytes"
+    assert int4.bytes(512) == 256 + 8 * 4
+    assert int8.resolved("bfloat16", "gfx90a") is int8
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("int8/100", "unknown option '100'; valid: a block of 32, 64, .*, a scale of bf16, fp32, a rounding of nearest, stochastic"),
+        ("int4/fp16", "unknown option 'fp16'"),
+        ("int4/64/64", "names its block twice"),
+        ("bf16/64", "block, scale and rounding belong to int8, int4 and fp8"),
+        ("fp8/stochastic", "rounds to nearest only"),
+        ("bf16-delta", "unknown wire format"),
+    ],
+)  # fmt: skip
+def test_f29_options_of_a_format_are_checked(value: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as error:
+        Plan(refresh=value)
+    assert f"refresh={value!r}" in str(error.value)
+
+
+def test_f23_fp8_is_refused_where_the_chip_has_none_and_int8_is_offered() -> None:
+    plan = Plan.preset("zero_topo", gather="fp8")
+    for text, chip in (("frontier:2", "gfx90a"), ("lumi:2", "gfx90a")):
+        with pytest.raises(ValueError, match=f"'fp8': the chip '{chip}' has no fp8 in hardware .*use int8"):
+            plan.resolve(Topology.parse(text), "bfloat16")
+    with pytest.raises(ValueError, match="has no fp8 in hardware"):
+        plan.resolve(EIGHT, "bfloat16")
+    with pytest.raises(ValueError, match="has no fp8 in hardware"):
+        Plan(rules=(Rule("*.w", reduce="fp8"),)).resolve(EIGHT, "bfloat16")
+
+
+def test_requirement_23_each_chip_has_its_own_fp8() -> None:
+    plan = Plan.preset("zero_topo", gather="fp8")
+    for text, code in (("mi300x:2", "e4m3fnuz"), ("dgx-h100:2", "e4m3fn")):
+        assert {wire.code.kind for wire in plan.resolve(Topology.parse(text), "bfloat16").formats("gather")} == {code}
+    assert plan.resolve(EIGHT, "bfloat16", chip="gfx950").formats("gather")[0].code.kind == "e4m3fn"
+
+
+def test_the_papers_formats() -> None:
+    plan = Plan.preset("zero_topo", wire="paper").resolve(EIGHT, "bfloat16")
+    assert {t: plan.formats(t)[0].short for t in TRANSFERS} == {
+        "gather": "int8/256", "refresh": "int8/256", "reduce": "int4/256", "sync": "int4/256", "back": "fp32",
+    }  # fmt: skip
+    mixed = Plan.preset("zero_topo", wire="paper", gather="bf16", refresh="int4-delta").resolve(EIGHT, "bfloat16")
+    assert [mixed.formats(t)[0].short for t in TRANSFERS[:4]] == ["bf16", "int4/256", "int4/256", "int4-delta/256"]
+
+
+def test_embeddings_norms_and_vectors_keep_native_formats_unless_a_rule_names_them() -> None:
+    rules = (Rule("embed.*", gather="int8", reduce={"pair": "int4"}), Rule("*.head.weight", weights="whole"))
+    plan = Plan.preset("zero_topo", wire="paper", rules=rules).resolve(EIGHT, "bfloat16")
+
+    def short(name: str, shape: tuple[int, ...], kind: str) -> list[str]:
+        wires = plan.wires(name, shape, kind=kind)
+        return [getattr(wires, t)[0].short for t in ("gather", "reduce", "sync", "refresh")]
+
+    assert short("up.weight", (64, 256), "matrix") == ["int8/256", "int4/256", "int4/256", "int8/256"]
+    for kind, shape in (("embedding", (64, 256)), ("norm", (64, 256)), ("vector", (9999,))):
+        assert short("other", shape, kind) == ["bf16", "fp32", "fp32", "bf16"]
+        assert plan.wires("other", shape, kind=kind).block == 1
+    assert short("embed.weight", (64, 256), "embedding")[:2] == ["int8/256", "int4/256"]
+    assert plan.wires("embed.weight", (64, 256), kind="embedding").reduce[1].short == "fp32"
+    assert short("a.head.weight", (64, 256), "matrix")[0] == "int8/256", "a rule that gives no format keeps the plan's"
+    assert short("tiny.weight", (64, 31), "matrix") == ["bf16", "fp32", "fp32", "bf16"], "its shards fill no block"
+    assert short("just.weight", (64, 32), "matrix")[0] == "int8/256"
+
+
+@pytest.mark.parametrize("value", ["int3", "fp16", "float32", "FP32", "", 8])
 def test_f29_unknown_formats_name_field_value_and_choices(value: Any) -> None:
     for build, field in (
         (lambda: WireFormat.parse(value, "gather"), "gather"),
         (lambda: Plan(gather=value), "gather"),
         (lambda: Plan(back={"node": value}), r"back\['node'\]"),
+        (lambda: Plan(rules=(Rule("x", sync=value),)), "rule 'x': sync"),
     ):
-        with pytest.raises(ValueError, match=rf"{field}={value!r}.*native, fp32, bf16") as error:
+        with pytest.raises(ValueError, match=rf"{field}={value!r}.*native, fp32, bf16"):
             build()
-        assert ("not in this version" in str(error.value)) == (value in ("int8", "int4"))
 
 
 def test_f29_a_format_cannot_be_forged() -> None:
-    with pytest.raises(ValueError, match="bits=16"):
-        WireFormat("fp32", 16)
-    with pytest.raises(ValueError, match="not in this version"):
-        WireFormat("int8", 8, 256)
+    for build, said in (
+        (lambda: WireFormat("fp32", 16), "belong to int8"),
+        (lambda: WireFormat("int8", 100), "block=100: valid: 32"),
+        (lambda: WireFormat("fp9"), "'fp9'"),
+        (lambda: WireFormat("bf16", delta=True), "delta=True is for int8, int4"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            build()
 
 
 def test_formats_of_each_transfer_and_their_defaults() -> None:
@@ -136,14 +217,22 @@ def test_presets_are_the_placements_of_the_design() -> None:
             lambda: Plan.preset("zero3", gathr="bf16"),
             r"option 'gathr' \(did you mean 'gather'\?\); valid: weights, .*wire",
         ),
-        (lambda: Plan(wire="paper"), "wire='paper': .*int8 gathers and int4 reductions: not in this version"),
-        (lambda: Plan.preset("zero_topo", wire="paper"), "not in this version"),
-        (lambda: Plan(wire="thin"), "wire='thin': unknown"),
+        (lambda: Plan(wire="thin"), "wire='thin': unknown; valid: paper"),
+        (lambda: Plan(gather="int8-delta"), "gather='int8-delta/256': a delta is a format of the refresh"),
+        (lambda: Rule("x", sync="int4-delta"), "rule 'x': sync='int4-delta/256': a delta is a format of the refresh"),
+        (
+            lambda: Plan(refresh={"cluster": "int4-delta"}).resolve(EIGHT, "float32"),
+            "refresh .pair fp32, node fp32, cluster int4-delta/256.: a delta goes on over all levels",
+        ),
+        (lambda: Plan(full_refresh_every=-1), "full_refresh_every=-1"),
+        (lambda: Plan(error_feedback=1), "error_feedback=1: must be None, or a number from 0"),
+        (lambda: Plan(error_feedback=True), "error_feedback=True"),
+        (lambda: Plan(peer_gather="pair"), "peer_gather='pair': must be a sequence"),
+        (lambda: Plan(peer_gather=("cluster",)), "peer_gather names 'cluster': memory can be read over pair, node"),
         (lambda: Plan(weights="site"), "weights='site': state is not sharded over sites"),
         (lambda: Plan(optimizer=None), "optimizer=None: must be a placement, one of whole, pair, .*world"),  # type: ignore[arg-type]
         (lambda: Plan(weights="node", gradients="pair"), "weights='node' is wider than gradients='pair'.*whole < pair"),
         (lambda: Plan(weights="world", gradients="rack", optimizer="node"), "weights='world' is wider than optimizer"),
-        (lambda: Plan(gather=None), "gather=None"),  # type: ignore[arg-type]
         (lambda: Plan(bucket_bytes=0), "bucket_bytes=0"),
         (lambda: Plan(bucket_bytes=True), "bucket_bytes=True"),
         (lambda: Plan(rules=Rule()), "rules="),  # type: ignore[arg-type]
@@ -261,6 +350,9 @@ def test_key_changes_with_every_field() -> None:
         "sync": "fp32",
         "refresh": "native",
         "back": {"pair": "fp32"},
+        "full_refresh_every": 3,
+        "error_feedback": 0.5,
+        "peer_gather": ("pair",),
         "rules": (Rule(),),
         "bucket_bytes": 1,
         "name": "other",

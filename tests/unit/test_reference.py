@@ -71,7 +71,7 @@ def test_where_g_cuts_the_hops_in_two_matters_only_when_accumulating() -> None:
 def test_levels_of_size_1_leave_no_trace() -> None:
     everything = {t: "bf16" for t in ("gather", "reduce", "sync", "refresh", "back")}
     for plan in ("hsdp", "zero_topo"):
-        assert order("2x1x4", Plan.preset(plan, **everything)).reduce == ((2, "bfloat16"),)
+        assert order("2x1x4", Plan.preset(plan, **everything)).reduce == ((2, "bf16"),)
     assert order("1x1x1", Plan.preset("zero3", **everything)) == order("1", "ddp")
     alone = order("1x1x1", "zero3")
     assert torch.equal(alone.to_o(alone.to_g(numbers(1))), numbers(1)[0])
@@ -114,7 +114,7 @@ def test_a_parameter_of_another_dtype_than_the_rest_sends_its_own() -> None:
 
 
 def test_small_parameters_are_capped() -> None:
-    assert order("2x2x2", "zero3", rows=3).reduce == ((2, "float32"),)
+    assert order("2x2x2", "zero3", rows=3).reduce == ((2, "fp32"),)
     assert order("2x2x2", "zero3", rows=1).reduce == ()
 
 

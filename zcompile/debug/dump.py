@@ -92,7 +92,7 @@ class Dump:
 
     def _summary(self, gm: GraphModule, context: Context, code: str) -> None:
         done = [
-            f"  {name:8s}{'; '.join(context.notes.get(name, ['nothing to do']))}"
+            f"  {name:10s}{'; '.join(context.notes.get(name, ['nothing to do']))}"
             for name in context.seconds
             if name != "codegen"
         ]
@@ -102,7 +102,7 @@ class Dump:
             out += ["", *_bytes(traffic(gm), context)]
             out += ["", f"collectives, in order ({len(collectives)})"]
             out += [
-                f"  {i:4d}  {e.transfer:8s}{e.op:12s}{e.level:10s}{text.dtype(e.dtype):6s}{e.bytes:14d}  {text.fold(e.parameters)}"
+                f"  {i:4d}  {e.transfer:8s}{e.op:12s}{e.level:10s}{e.wire or text.dtype(e.dtype):10s}{e.bytes:14d}  {text.fold(e.parameters)}"
                 for i, e in enumerate(collectives)
             ]
         self._write(context.stage, "summary.txt", out)

@@ -13,14 +13,30 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
 from zcompile import cost
 from zcompile.ops import ACCUMULATE
-from zcompile.passes.nodes import COLLECTIVES, GATHER, REDUCE, SEMANTIC, SYNC, WAIT, collective_of, find, spec_of
+from zcompile.passes.nodes import (
+    COLLECTIVES,
+    DEQUANTIZE,
+    GATHER,
+    QUANTIZE,
+    QUANTIZERS,
+    REDUCE,
+    REQUANTIZE,
+    SEMANTIC,
+    SYNC,
+    WAIT,
+    collective_of,
+    find,
+    phase_of,
+    spec_of,
+)
+from zcompile.wire import WireFormat
 
 TRANSFER: dict[Any, str] = {GATHER: "gather", REDUCE: "reduce", SYNC: "sync"}
 DTYPES = {
@@ -97,8 +113,9 @@ def describe_inputs(gm: GraphModule) -> dict[str, str]:
     found: dict[str, dict[str, list[str]]] = {}
     for node in find(gm.graph, GATHER):
         name = spec_of(node).name
-        leaf = "token of" if node.args[4] == ACCUMULATE else "leaf of"
-        for role, argument in zip((leaf, "copy of", "main grad of"), node.args[:3], strict=True):
+        leaf = "token of" if phase_of(node) == ACCUMULATE else "leaf of"
+        errors = [(f"feedback of {t}", a) for t, a in zip(spec_of(node).feedback_widths(), node.args[3], strict=False)]
+        for role, argument in (*zip((leaf, "copy of", "main grad of"), node.args[:3], strict=True), *errors):
             if isinstance(argument, Node):
                 names = found.setdefault(argument.name, {}).setdefault(role, [])
                 if name not in names:
@@ -129,7 +146,7 @@ def _what(node: Node, inputs: Mapping[str, str]) -> str:
         return _semantic(node)
     if node.target in COLLECTIVES:
         entry = collective_of(node)
-        sent = f"{entry.op} {entry.level} {size(entry.bytes)} {dtype(entry.dtype)}"
+        sent = f"{entry.op} {entry.level} {size(entry.bytes)} {entry.wire or dtype(entry.dtype)}"
         return f"{entry.transfer}> {sent} {fold(entry.parameters)}"
     if node.target is WAIT:
         origin = node.args[0]
@@ -137,18 +154,36 @@ def _what(node: Node, inputs: Mapping[str, str]) -> str:
             entry = collective_of(origin)
             return f"{entry.transfer}< {entry.level} {fold(entry.parameters)}"
         return f"wait {inputs.get(origin.name, origin.name) if isinstance(origin, Node) else origin}"
+    if node.target in QUANTIZERS:
+        return _quantizer(node)
     return _call(node)
+
+
+def _quantizer(node: Node) -> str:
+    """A kernel around hops: what it reads, and the formats it reads and writes (geometry says nothing that shapes do not)."""
+    name = cast(Any, node.target)._opname
+    if node.target is QUANTIZE:
+        return f"quantize {_argument(node.args[0])} to {_code(node.args[2])}"
+    if node.target is DEQUANTIZE:
+        return f"dequantize {_argument(node.args[0])} from {_code(node.args[2])}"
+    if node.target is REQUANTIZE:
+        return f"requantize sum of {node.args[1]} in {_argument(node.args[0])} from {_code(node.args[3])} to {_code(node.args[4])}"
+    mains = f" onto {_argument(node.args[2])}" if node.args[2] else ""
+    return f"{'sum' if name == 'reduce' else name} of {node.args[1]} in {_argument(node.args[0])} from {_code(node.args[4])}{mains}"
+
+
+def _code(text: Any) -> str:
+    return WireFormat.parse(str(text)).short if not str(text).startswith("e4m3") else str(text)
 
 
 def _semantic(node: Node) -> str:
     spec, transfer = spec_of(node), TRANSFER[node.target]
     hops = []
-    for number, (level, wire) in enumerate(cost.transfer_levels(spec, transfer)):
-        back = "back " if transfer == "sync" and number >= len(spec.sizes) - spec.g else ""
-        if amount := cost.hop_bytes(spec.layout, level, cost.ITEMSIZE[wire]):
-            hops.append(f"{back}{spec.levels[level - 1]} {size(amount)} {dtype(wire)}")
+    for level, wire, kind in cost.transfer_levels(spec, transfer):
+        if amount := cost.hop_bytes(spec.layout, level, wire, kind):
+            hops.append(f"{'back ' * (kind == 'back')}{spec.levels[level - 1]} {size(amount)} {wire.short}")
     operand = "" if node.target is GATHER else f" of {_argument(node.args[0])}"
-    phase = f", {node.args[4]}" if node.target is GATHER else ""
+    phase = f", {phase_of(node)}" if node.target is GATHER else ""
     message = f"   message {node.meta['zc_bucket']}" if "zc_bucket" in node.meta else ""
     return f"{transfer} {spec.name}{operand} ({', '.join(hops) or 'no hop'}{phase}){message}"
 

@@ -1,0 +1,407 @@
+"""The quantisers on CPU tensors: `cpu.cpp`, built once per machine with the C++ compiler and called through ctypes.
+
+The functions have the signatures of `reference.py` and give its bits. Where there is no compiler, where a build fails, for fp8
+codes and for dtypes other than fp32 and bf16, the reference itself does the work: the same bits, more slowly. ctypes lets go
+of the GIL during a call, and the library keeps no state, so any thread may call these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zcompile.kernels import reference
+from zcompile.kernels.code import Code
+from zcompile.kernels.geometry import Geometry
+
+try:
+    import fcntl
+except ImportError:  # not on every platform: then each process builds, and the last rename wins
+    fcntl = None  # type: ignore[assignment]
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-shared",
+    "-ffp-contract=off",  # a fused multiply-add rounds once where the reference rounds twice
+    "-fno-math-errno", "-fno-trapping-math",  # nobody reads errno or the exception flags; no value changes
+)  # fmt: skip
+NATIVE = ("-march=native", "-mcpu=native", "")
+"""Tried in this order: which of them a compiler knows depends on the architecture."""
+PATIENCE = 300.0
+"""Seconds that a process waits for another one's build before it builds for itself. A build takes a few, on an idle machine."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_KINDS = {"int8": 0, "int4": 1}
+_SCALES = {"fp32": 0, "bf16": 1}
+
+
+def quantize(xs: Sequence[Tensor], geometry: Geometry, code: Code) -> Tensor:
+    """Plain values -> a message [rows * row bytes] uint8.
+
+    Args:
+        xs: one tensor [rows * width] if the geometry is flat, else one of `numel` elements per parameter, of any floating dtype.
+    """
+    sizes = (geometry.size,) if geometry.flat else tuple(piece.numel for piece in geometry.pieces)
+    if len(xs) != len(sizes):
+        raise ValueError(f"{len(xs)} tensors: valid: {len(sizes)}, one in all for flat rows and else one per parameter")
+    xs = [_checked(x, f"xs[{index}]", size) for index, (x, size) in enumerate(zip(xs, sizes, strict=True))]
+    table, library, dtypes = _table(geometry.text, code), _use(code), {x.dtype for x in xs}
+    if library is None or not dtypes <= _DTYPES.keys():
+        return reference.quantize(xs, geometry, code)
+    if len(dtypes) > 1:  # widening changes no value
+        xs = [x.to(torch.float32) for x in xs]
+    message = torch.empty(table.bytes, dtype=torch.uint8)
+    if xs:
+        library.zcompile_quantize(table.at, _pointers(xs), _DTYPES[xs[0].dtype], geometry.flat, message.data_ptr())
+    return message
+
+
+def dequantize(message: Tensor, geometry: Geometry, code: Code, dtype: torch.dtype) -> Tensor:
+    """A message -> plain values in one buffer [geometry.size] of `dtype`: flat rows, or whole parameters at `geometry.starts`.
+
+    Elements between two whole parameters are not written, nor are those that no span covers.
+    """
+    table, library = _table(geometry.text, code), _use(code)
+    message = _checked(message, "message", table.bytes, (torch.uint8,))
+    if library is None or dtype not in _DTYPES:
+        return reference.dequantize(message, geometry, code, dtype)
+    out = torch.empty(geometry.size, dtype=dtype)
+    library.zcompile_dequantize(table.at, message.data_ptr(), _DTYPES[dtype], out.data_ptr())
+    return out
+
+
+def reduce(message: Tensor, parts: int, mains: Sequence[Tensor], geometry: Geometry, code: Code) -> Tensor:
+    """`parts` messages, one after another -> their sum in that order, flat [rows * width] fp32.
+
+    Args:
+        message: [parts * rows * row bytes] uint8; `geometry` (flat) is that of one part.
+        mains: none, or per parameter [rows * n] fp32, to which the sum is added: main + (part_0 + part_1 + ...).
+    """
+    library, table, message = _parts(message, parts, geometry, code)
+    if mains:
+        mains = _mains(mains, geometry, False)
+    if library is None:
+        return reference.reduce(message, parts, mains, geometry, code)
+    out = torch.empty(geometry.rows * geometry.width, dtype=torch.float32)
+    library.zcompile_reduce(table.at, message.data_ptr(), parts, _pointers(mains) if mains else None, out.data_ptr())
+    return out
+
+
+def accumulate(message: Tensor, parts: int, mains: Sequence[Tensor], geometry: Geometry, code: Code) -> None:
+    """`reduce` with mains, in place: main += part_0 + part_1 + ...
+
+    Args:
+        message: [parts * rows * row bytes] uint8; `geometry` (flat) is that of one part.
+        mains: per parameter [rows * n] fp32, contiguous.
+    """
+    library, table, message = _parts(message, parts, geometry, code)
+    mains = _mains(mains, geometry, True)
+    if library is None:
+        total = reference.reduce(message, parts, mains, geometry, code).view(geometry.rows, geometry.width)
+        for main, values in zip(mains, total.split([piece.n for piece in geometry.pieces], dim=1), strict=True):
+            main.view(geometry.rows, -1).copy_(values)
+    elif mains:
+        library.zcompile_reduce(table.at, message.data_ptr(), parts, _pointers(mains), None)
+
+
+def requantize(message: Tensor, parts: int, geometry: Geometry, code: Code, into: Code) -> Tensor:
+    """`parts` messages in `code` -> one message of their sum in `into`: what happens between two hops of a reduction."""
+    library, table, message = _parts(message, parts, geometry, code)
+    if library is None or not into.integer:
+        return reference.requantize(message, parts, geometry, code, into)
+    target = _table(geometry.text, into)
+    out = torch.empty(target.bytes, dtype=torch.uint8)
+    library.zcompile_requantize(table.at, target.at, message.data_ptr(), parts, out.data_ptr())
+    return out
+
+
+def quantize_delta(x: Tensor, image: Tensor, geometry: Geometry, code: Code) -> Tensor:
+    """A message of x - image; both flat, x [rows * width] fp32, image of any floating dtype."""
+    _flat(geometry, "quantize_delta")
+    x, image = _checked(x, "x", geometry.size, (torch.float32,)), _checked(image, "image", geometry.size)
+    table, library = _table(geometry.text, code), _use(code)
+    if library is None or image.dtype not in _DTYPES:
+        return reference.quantize_delta(x.reshape(-1), image, geometry, code)
+    message = torch.empty(table.bytes, dtype=torch.uint8)
+    library.zcompile_quantize_delta(table.at, x.data_ptr(), image.data_ptr(), _DTYPES[image.dtype], message.data_ptr())
+    return message
+
+
+def apply_delta(image: Tensor, message: Tensor, geometry: Geometry, code: Code) -> None:
+    """image += what the message says, in fp32, rounded to image's dtype; in place; image flat [rows * width], contiguous."""
+    _flat(geometry, "apply_delta")
+    image = _checked(image, "image", geometry.size, in_place=True)
+    table, library = _table(geometry.text, code), _use(code)
+    message = _checked(message, "message", table.bytes, (torch.uint8,))
+    if library is None or image.dtype not in _DTYPES:
+        reference.apply_delta(image, message, geometry, code)
+    else:
+        library.zcompile_apply_delta(table.at, message.data_ptr(), _DTYPES[image.dtype], image.data_ptr())
+
+
+# ---- arguments
+
+
+def _checked(x: Tensor, name: str, size: int, dtypes: tuple[torch.dtype, ...] = (), in_place: bool = False) -> Tensor:
+    """`x` as the library reads it: contiguous, each element at a multiple of its size. Errors name what does not fit."""
+    if x.dtype not in dtypes if dtypes else not x.dtype.is_floating_point:
+        raise TypeError(f"{name} is {x.dtype}: valid: {', '.join(map(str, dtypes)) or 'a floating dtype'}")
+    if x.numel() != size:
+        raise ValueError(
+            f"{name} has {x.numel()} elements, of shape {tuple(x.shape)}: valid: {size}, as the geometry says"
+        )
+    if not x.is_cpu:
+        raise ValueError(f"{name} is on {x.device}: valid: cpu")
+    if x.is_contiguous() and not x.data_ptr() % x.element_size():
+        return x
+    if in_place:
+        raise ValueError(
+            f"{name} has strides {x.stride()} and begins at {x.data_ptr():#x}: what is written in place is contiguous"
+        )
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _flat(geometry: Geometry, name: str) -> None:
+    if not geometry.flat:
+        raise ValueError(f"{name} with a geometry of whole parameters: valid: a flat one")
+
+
+def _mains(mains: Sequence[Tensor], geometry: Geometry, in_place: bool) -> list[Tensor]:
+    if len(mains) != len(geometry.pieces):
+        raise ValueError(f"{len(mains)} mains: valid: {len(geometry.pieces)}, one per parameter")
+    return [
+        _checked(main, f"mains[{index}]", geometry.rows * piece.n, (torch.float32,), in_place)
+        for index, (main, piece) in enumerate(zip(mains, geometry.pieces, strict=True))
+    ]
+
+
+def _parts(message: Tensor, parts: int, geometry: Geometry, code: Code) -> tuple[Any, _Prepared, Tensor]:
+    """(library, table, message) of a reduction."""
+    _flat(geometry, "a sum")
+    if parts < 1:
+        raise ValueError(f"parts={parts}: valid: 1 or more messages")
+    table = _table(geometry.text, code)
+    return _use(code), table, _checked(message, "message", parts * table.bytes, (torch.uint8,))
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])
+
+
+# ---- tables
+
+
+class _Run(ctypes.Structure):
+    """One record: see `Run` in cpu.cpp."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("piece", "n", "valid", "record", "own", "joint"))
+
+
+class _Table(ctypes.Structure):
+    """A geometry and a code: see `Table` in cpu.cpp."""
+
+    _fields_ = (
+        ("runs", ctypes.POINTER(_Run)), ("count", ctypes.c_int64), ("bytes", ctypes.c_int64), ("block", ctypes.c_int64),
+        ("kind", ctypes.c_int32), ("scale", ctypes.c_int32), ("stochastic", ctypes.c_int32), ("unused", ctypes.c_int32),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """at: the address of a table; bytes: of a message; table: what keeps both alive."""
+
+    at: int
+    bytes: int
+    table: _Table
+
+
+@lru_cache(maxsize=1024)
+def _table(text: str, code: Code) -> _Prepared:
+    """The table of a geometry. Raises ValueError for a piece that is not made of whole blocks or has values outside its tensor."""
+    geometry = Geometry.parse(text)
+    records = geometry.records(code)
+    runs = (_Run * (geometry.rows * len(geometry.pieces)))()
+    count = 0
+    for row in range(geometry.rows):
+        for index, (piece, start) in enumerate(zip(geometry.pieces, geometry.starts, strict=False)):
+            if piece.n % code.block or piece.n < 0:
+                raise ValueError(
+                    f"parameter {index} has {piece.n} values in a row: valid: whole blocks of {code.block}"
+                )
+            at, valid = (row * piece.n, piece.n) if geometry.flat else piece.span(row)
+            if not 0 <= valid <= piece.n or (valid and not 0 <= at <= piece.numel - valid):
+                raise ValueError(
+                    f"row {row} of parameter {index} holds {valid} values from {at} on: valid: up to {piece.n} of its {piece.numel}"
+                )
+            joint = row * geometry.width + start if geometry.flat else start + at
+            runs[count] = _Run(index, piece.n, valid, row * records[-1] + records[index], at, joint)
+            count += 1
+    table = _Table(
+        runs, count, geometry.rows * records[-1], code.block,
+        _KINDS.get(code.kind, -1), _SCALES[code.scale], code.rounding == "stochastic", 0,
+    )  # fmt: skip
+    return _Prepared(ctypes.addressof(table), table.bytes, table)
+
+
+# ---- the library
+
+_SIGNATURES = {
+    "zcompile_quantize": "ppiip",
+    "zcompile_quantize_delta": "pppip",
+    "zcompile_dequantize": "ppip",
+    "zcompile_apply_delta": "ppip",
+    "zcompile_reduce": "ppipp",
+    "zcompile_requantize": "pppip",
+}
+"""p: an address, i: an int64."""
+
+_lock = threading.Lock()
+_library: list[ctypes.CDLL | None] = []
+"""Empty until first use; then the library, or None where the reference does its work."""
+
+
+def _use(code: Code) -> Any:
+    """The library, built or loaded at first use; None if the reference is to do the work."""
+    if not code.integer:
+        return None
+    if not _library:
+        with _lock:
+            if not _library:
+                _library.append(_load_or_warn())
+    return _library[0]
+
+
+def available() -> bool:
+    """Whether the compiled kernels are in use (builds them if need be)."""
+    return _use(Code("int8")) is not None
+
+
+def _load_or_warn() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(build()))
+        for name, signature in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes = [ctypes.c_void_p if letter == "p" else ctypes.c_int64 for letter in signature]
+            function.restype = None
+        return library
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"zcompile quantises with plain torch operations, the same bits but more slowly: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def build() -> Path:
+    """The shared library, from the cache or built now. Several processes may call this at once: one builds, the others wait for it.
+
+    Raises:
+        RuntimeError: no compiler, or one that fails, with what it said.
+        OSError: no folder to write to.
+    """
+    compiler = _compiler()
+    folder = _folder()
+    target = folder / f"cpu-{_key(compiler)}.so"
+    if target.exists():
+        return target
+    with _turn(target.with_suffix(".lock")):
+        if not target.exists():
+            _compile(compiler, target)
+    return target
+
+
+def _compiler() -> list[str]:
+    """The command that Inductor would use too: CXX, or the first of the usual names."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for command in [asked] if asked else [["g++"], ["c++"], ["clang++"]]:
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
+    raise RuntimeError(f"no C++ compiler: {f'CXX={asked[0]}' if asked else 'g++, c++ and clang++'} not found on PATH")
+
+
+def _folder() -> Path:
+    """Where the library is kept; it is code that will run, so a folder in a place that all may write to must be ours."""
+    if given := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        folder = Path(given) / "zcompile"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    folder = Path(tempfile.gettempdir()) / f"zcompile_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        return Path(tempfile.mkdtemp(prefix="zcompile_"))
+    return folder
+
+
+def _key(compiler: Sequence[str]) -> str:
+    """Hash of all that the bytes of the library depend on: -march=native is another thing on another CPU."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    parts = [SOURCE.read_text(), *FLAGS, *NATIVE, *compiler, version, platform.machine(), *_cpu()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _cpu() -> list[str]:
+    """Model and features of the first CPU, as Linux prints them; none elsewhere."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return []
+    names = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
+    return [line for line in first.splitlines() if line.split("\t")[0].strip(" :") in names]
+
+
+def _compile(compiler: Sequence[str], target: Path) -> None:
+    """Compile to a name of its own, then rename: nobody ever loads half a file."""
+    said = ""
+    for native in NATIVE:
+        handle, name = tempfile.mkstemp(prefix=target.stem, suffix=".tmp", dir=target.parent)
+        os.close(handle)
+        try:
+            command = [*compiler, *FLAGS, *([native] if native else []), str(SOURCE), "-o", name]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
+            if done.returncode == 0:
+                os.chmod(name, 0o700)
+                os.replace(name, target)
+                return
+            said = done.stderr.strip() or said
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+    raise RuntimeError(f"{shlex.join(compiler)} cannot compile {SOURCE.name}: {said[:500]}")
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """One process at a time; after PATIENCE, or where files cannot be locked, go on regardless (the rename is atomic)."""
+    if fcntl is None:
+        yield
+        return
+    with open(path, "w") as file:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by the kernel if its holder dies
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:
+                break
+        yield
