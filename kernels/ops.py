@@ -6,8 +6,9 @@ An op knows tensors, and texts that say where things lie (`Geometry.text`) and h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def _fp32(like: Tensor, geometry: str) -> Tensor:
     return like.new_empty(Geometry.parse(geometry).size, dtype=torch.float32)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize": (_quantize, lambda xs, geometry, code: _message(xs[0], geometry, code)),
     "dequantize": (
         _dequantize,

@@ -48,8 +48,11 @@ def encode(x: Tensor, code: Code) -> tuple[Tensor, Tensor]:
     x = x.to(torch.float32).contiguous()
     largest = (x.view(torch.int32) & 0x7FFFFFFF).amax(-1)
     amax = largest.view(torch.float32)
-    scale = torch.where(amax < SMALLEST, 0.0, amax / code.top)
-    scale = torch.where(largest >= _FINITE, torch.nan, scale).to(_SCALE[code.scale])
+    scale = torch.where(amax < SMALLEST, 0.0, amax / code.top).to(_SCALE[code.scale])
+    integer, nan = (torch.int16, 0x7FC0) if code.scale == "bf16" else (torch.int32, 0x7FC00000)
+    scale = (
+        torch.where(largest >= _FINITE, nan, scale.view(integer)).to(integer).view(scale.dtype)
+    )  # one NaN for all targets
     wide = scale.to(torch.float32)
     good = wide > 0
     inverse = torch.where(good, 1.0 / wide, 0.0)

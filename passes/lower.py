@@ -154,7 +154,10 @@ class _Lowering:
         operands = [(a, b) if b in self.reduced else (b, a) for a, b in (total.args[:2] for total in totals)]
         mains, parts = [main for main, _ in operands], [part for _, part in operands]
         flat, count = self.reduced.get(parts[0], (None, 0))
-        fits = all(main.op == "placeholder" and part in self.reduced and self.reduced[part][0] is flat for main, part in operands)
+        fits = all(
+            main.op == "placeholder" and part in self.reduced and self.reduced[part][0] is flat
+            for main, part in operands
+        )
         if flat is None or flat.target is not SUM or not fits or count != len(parts) or not self._in_order(parts):
             return totals
         if any(len(part.users) != 1 for part in parts):

@@ -84,7 +84,9 @@ def _requantize(node: Node) -> None:
 
 def _accumulate(graph: Graph, total: Node) -> bool:
     """main += part for every parameter of a sum, and nothing else: one kernel that does it in place. False if it is not so."""
-    parts = sorted((node for node in graph.nodes if node.meta.get(PART, (None,))[0] is total), key=lambda n: n.meta[PART][1])
+    parts = sorted(
+        (node for node in graph.nodes if node.meta.get(PART, (None,))[0] is total), key=lambda n: n.meta[PART][1]
+    )
     found = [_into_main(part) for part in parts]
     if not found or any(pair is None for pair in found):
         return False

@@ -239,7 +239,9 @@ def compile_fx(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx as entry
 
-    known = {key: value for key, value in patches.items() if hasattr(config, key)}  # a switch it lacks cannot be in the way
+    known = {
+        key: value for key, value in patches.items() if hasattr(config, key)
+    }  # a switch it lacks cannot be in the way
 
     def inner(graph: Any, example_inputs: Any, **details: Any) -> Any:
         return half(graph, example_inputs, **details)

@@ -19,6 +19,10 @@ COMMANDS = {
         "zcompile.trace",
         "compile a named model for a machine that exists on paper: no GPU, no allocation; seconds, memory, bytes per level",
     ),
+    "bytes": (
+        "zcompile.compare_bytes",
+        "bytes per level of a small GPT under native and quantised plans, beside FSDP2 and HSDP, counted on eight local processes",
+    ),
     "overhead": (
         "zcompile.overhead",
         "one process, 1x1x1, against plain torch.compile: step time and memory, side by side",

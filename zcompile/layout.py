@@ -222,9 +222,14 @@ class ParamSpec:
 
     def first_hop(self, transfer: str) -> tuple[int, WireFormat] | None:
         """(level, wire format) of the first hop of a reduce or a sync that communicates; None if none does."""
-        levels, wires = (range(1, self.g + 1), self.reduce) if transfer == "reduce" else (range(self.g + 1, len(self.sizes) + 1), self.sync)  # fmt: skip
-        level = next((level for level in levels if self.sizes[level - 1] > 1 and self.layout.numel), None)
-        return None if level is None else (level, WireFormat.parse(wires[level - 1]))
+        return next(iter(self._reduce_hops(transfer)), None)
+
+    def _reduce_hops(self, transfer: str) -> list[tuple[int, WireFormat]]:
+        """(level, wire format) of the hops of a reduce or a sync that communicate, in the order they run."""
+        inside = transfer == "reduce"
+        levels = range(1, self.g + 1) if inside else range(self.g + 1, len(self.sizes) + 1)
+        wires = self.reduce if inside else self.sync
+        return [(j, WireFormat.parse(wires[j - 1])) for j in levels if self.sizes[j - 1] > 1 and self.layout.numel]
 
     def feedback_widths(self) -> dict[str, int]:
         """Elements of the error feedback's state on one rank: of the whole gradient before a quantised reduce, of that at G before a
@@ -236,18 +241,14 @@ class ParamSpec:
             return {}
         found = {}
         for transfer, width in (("reduce", self.layout.numel), ("sync", self.layout.width(self.g))):
-            hop = self.first_hop(transfer)
-            if hop is None:
-                continue
-            if hop[1].quantized:
+            hops = self._reduce_hops(transfer)
+            if hops and hops[0][1].quantized:
                 found[transfer] = width
-                continue
-            levels = range(hop[0], (self.g if transfer == "reduce" else len(self.sizes)) + 1)
-            wires = self.reduce if transfer == "reduce" else self.sync
-            if any(WireFormat.parse(wires[j - 1]).quantized and self.sizes[j - 1] > 1 for j in levels):
+            elif any(wire.quantized for _, wire in hops):
+                level, wire = hops[0]
                 raise ValueError(
-                    f"error_feedback with {self.name!r}: the first hop of its {transfer} ({self.levels[hop[0] - 1]}) is {hop[1].short} and a "
-                    f"later one is quantised; give the first one a quantised format too, or leave error_feedback out"
+                    f"error_feedback with {self.name!r}: the first hop of its {transfer} ({self.levels[level - 1]}) is {wire.short} "
+                    "and a later one is quantised; give the first one a quantised format too, or leave error_feedback out"
                 )
         return found
 

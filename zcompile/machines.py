@@ -17,7 +17,14 @@ LADDER = ("pair", "node", "group", "cluster", "system", "site")
 RESERVED = ("whole", "world")
 """Placements that are no level: placement 0, and the outermost extent that is not a `site`."""
 
-FP8_CHIPS = {"gfx942": "e4m3fnuz", "gfx950": "e4m3fn", "sm_89": "e4m3fn", "sm_9": "e4m3fn", "sm_10": "e4m3fn", "sm_12": "e4m3fn"}
+FP8_CHIPS = {
+    "gfx942": "e4m3fnuz",
+    "gfx950": "e4m3fn",
+    "sm_89": "e4m3fn",
+    "sm_9": "e4m3fn",
+    "sm_10": "e4m3fn",
+    "sm_12": "e4m3fn",
+}
 """Chips with fp8 in hardware, by the beginning of their name, and which of the two codes it is. gfx90a (MI250X) emulates it: not here."""
 
 
@@ -89,10 +96,16 @@ GENERIC = Device("generic", (("bfloat16", 100e12), ("float32", 25e12)), memory=6
 
 # Peak, bf16: half of the 383 TF of one MI250X (some public tables give the module's figure per GCD: twice too much).
 # fp32 is the matrix rate, 47.9 TF. Memory and its rate: OLCF Frontier user guide.
-MI250X_GCD = Device("MI250X GCD", (("bfloat16", 191.5e12), ("float32", 47.9e12)), memory=64e9, memory_bandwidth=1.6e12, chip="gfx90a")
+MI250X_GCD = Device(
+    "MI250X GCD", (("bfloat16", 191.5e12), ("float32", 47.9e12)), memory=64e9, memory_bandwidth=1.6e12, chip="gfx90a"
+)
 # Peak, data sheets, dense.
-MI300X = Device("MI300X", (("bfloat16", 1307.4e12), ("float32", 163.4e12)), memory=192e9, memory_bandwidth=5.3e12, chip="gfx942")
-H100_SXM = Device("H100 SXM", (("bfloat16", 989.4e12), ("float32", 66.9e12)), memory=80e9, memory_bandwidth=3.35e12, chip="sm_90")
+MI300X = Device(
+    "MI300X", (("bfloat16", 1307.4e12), ("float32", 163.4e12)), memory=192e9, memory_bandwidth=5.3e12, chip="gfx942"
+)
+H100_SXM = Device(
+    "H100 SXM", (("bfloat16", 989.4e12), ("float32", 66.9e12)), memory=80e9, memory_bandwidth=3.35e12, chip="sm_90"
+)
 
 
 @dataclass(frozen=True)

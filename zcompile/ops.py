@@ -11,13 +11,13 @@ The backward of `gather` is written in terms of the other two; `phase` was fixed
     sync         leaf.grad = sync(main + reduce(grad)); main = 0
     direct       leaf.grad = sync(reduce(grad)): no micro-batch before this one, no main grad in memory
 
-Note [Error feedback]: with `errors` (one tensor for a quantised reduce, one for a quantised sync, in that order) what is about to be sent has
-the state added first, and the state becomes beta times itself and 1 - beta times what quantising loses of the sum. Reads of one parameter
-are then not merged in a graph: each is sent, and its loss kept, on its own.
+Note [Error feedback]: with `errors` (one tensor for a quantised reduce, one for a quantised sync, in that order) what is about to be
+sent has the state added first, and the state becomes beta times itself and 1 - beta times what quantising loses of the sum. Reads of
+one parameter are then not merged in a graph: each is sent, and its loss kept, on its own.
 
-Note [Main grads are not saved tensors]: `main` (and so are `errors`) is mutated between a forward and its backward whenever several micro-batches are in
-flight, so it must not be version-checked: it is stashed on ctx, never passed to save_for_backward (facts: torch 2.13 raises "modified
-by an inplace operation" otherwise), and the `tag` pass exempts it in compiled graphs.
+Note [Main grads are not saved tensors]: `main` (`errors` likewise) is mutated between a forward and its backward whenever several
+micro-batches are in flight, so it must not be version-checked: it is stashed on ctx, never passed to save_for_backward (facts: torch
+2.13 raises "modified by an inplace operation" otherwise), and the `tag` pass exempts it in compiled graphs.
 
 Note [Tokens]: AOTAutograd detaches an input whose gradient is None, and a forward all of whose inputs are detached has no backward
 at all. So an accumulating forward reads through a leaf of shape [0], whose gradient, also [0], says that something was accumulated.
@@ -37,7 +37,9 @@ from zcompile.layout import ParamSpec
 ACCUMULATE, SYNC, DIRECT, NONE = "accumulate", "sync", "direct", "none"
 PHASES = (ACCUMULATE, SYNC, DIRECT, NONE)
 
-torch.library.define("zcompile::gather", "(Tensor leaf, Tensor copy, Tensor? main, Tensor[] errors, str spec, str phase) -> Tensor")
+torch.library.define(
+    "zcompile::gather", "(Tensor leaf, Tensor copy, Tensor? main, Tensor[] errors, str spec, str phase) -> Tensor"
+)
 torch.library.define("zcompile::reduce", "(Tensor grad, str spec) -> Tensor")
 torch.library.define("zcompile::sync", "(Tensor total, str spec) -> Tensor")
 
@@ -57,7 +59,9 @@ def _gather(leaf: Tensor, copy: Tensor, main: Tensor | None, errors: list[Tensor
     return whole.clone() if shared else whole
 
 
-def _gather_fake(leaf: Tensor, copy: Tensor, main: Tensor | None, errors: list[Tensor], spec: str, phase: str) -> Tensor:
+def _gather_fake(
+    leaf: Tensor, copy: Tensor, main: Tensor | None, errors: list[Tensor], spec: str, phase: str
+) -> Tensor:
     param = ParamSpec.parse(spec)
     return copy.new_empty(param.shape, dtype=transfers.dtype(param.compute))
 

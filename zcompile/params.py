@@ -227,10 +227,12 @@ def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: t
         copy = master if rows == 1 and stored == MASTER else torch.zeros(rows * row_width, dtype=stored, device=device)
         image = None
         if first.delta:
-            plain = transfers.dtype(first.compute)
-            image = copy if stored == plain else torch.zeros(rows * first.unit_shard, dtype=plain, device=device)
+            as_seen = transfers.dtype(first.compute)
+            image = copy if stored == as_seen else torch.zeros(rows * first.unit_shard, dtype=as_seen, device=device)
             image = image.view(rows, -1)
-        unit = Unit(unit_name, specs, master, copy, image, layout.index(coordinates) % rows, plan.plan.full_refresh_every)
+        unit = Unit(
+            unit_name, specs, master, copy, image, layout.index(coordinates) % rows, plan.plan.full_refresh_every
+        )
         units.append(unit)
         for (plain, _), spec in zip(run, specs, strict=True):
             slot = _slot(plain, spec, unit, mesh, coordinates, engine)

@@ -128,7 +128,9 @@ class Plan:
 
     def __post_init__(self, wire: str | None) -> None:
         if wire not in (None, *WIRES):
-            raise ValueError(f"wire={wire!r}: unknown; valid: {', '.join(WIRES)}, or leave it out and give formats per transfer")
+            raise ValueError(
+                f"wire={wire!r}: unknown; valid: {', '.join(WIRES)}, or leave it out and give formats per transfer"
+            )
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name={self.name!r}: must be a text")
         for owner in _OWNERS:
@@ -146,9 +148,10 @@ class Plan:
             raise ValueError(f"full_refresh_every={every!r}: must be a number of optimizer steps, or 0 for never")
         if beta is not None and (isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta < 1):
             raise ValueError(f"error_feedback={beta!r}: must be None, or a number from 0 up to, not including, 1")
-        if isinstance(self.peer_gather, str) or not isinstance(self.peer_gather, Iterable):
-            raise ValueError(f"peer_gather={self.peer_gather!r}: must be a sequence of level names, such as ('pair',)")
-        object.__setattr__(self, "peer_gather", tuple(self.peer_gather))
+        levels: object = self.peer_gather
+        if isinstance(levels, str) or not isinstance(levels, Iterable):
+            raise ValueError(f"peer_gather={levels!r}: must be a sequence of level names, such as ('pair',)")
+        object.__setattr__(self, "peer_gather", tuple(levels))
         for level in self.peer_gather:
             if level not in PEER_LEVELS:
                 raise ValueError(f"peer_gather names {level!r}: memory can be read over {', '.join(PEER_LEVELS)}")
@@ -216,14 +219,14 @@ class ResolvedPlan:
             _check_order(
                 f"{what} on topology {self.topology.key}", places, {p: self.topology.index(p) for p in places.values()}
             )
-        for source in (self.plan, *self.plan.rules):
-            what = "" if isinstance(source, Plan) else f"rule {source.match!r}: "
+        for rule in (None, *self.plan.rules):
+            what = "" if rule is None else f"rule {rule.match!r}: "
             for transfer in TRANSFERS:
-                for level in _named_levels(getattr(source, transfer)):
+                for level in _named_levels(getattr(rule or self.plan, transfer)):
                     if level not in self.topology.names and level not in LADDER:
                         valid = ", ".join(dict.fromkeys((*self.topology.names, *LADDER)))
                         raise ValueError(f"{what}{transfer} names the unknown level {level!r}; valid: {valid}")
-                self.formats(transfer, rule=None if isinstance(source, Plan) else source)
+                self.formats(transfer, rule=rule)
 
     @property
     def weights(self) -> int:
@@ -262,7 +265,7 @@ class ResolvedPlan:
         compute = compute or self.compute
         if transfer not in TRANSFERS:
             raise ValueError(f"unknown transfer {transfer!r}; valid: {', '.join(TRANSFERS)}")
-        value: Formats | None = rule and getattr(rule, transfer)
+        value: Formats | None = None if rule is None else getattr(rule, transfer)
         if value is None:
             value = getattr(self.plan, transfer)
         if isinstance(value, WireFormat):
@@ -277,7 +280,9 @@ class ResolvedPlan:
             found = tuple(given.get(level, wire) for level, wire in zip(self.topology.names, default, strict=True))
         if any(wire.delta for wire in found) and len(set(found)) > 1:
             text = ", ".join(f"{level} {wire.short}" for level, wire in zip(self.topology.names, found, strict=True))
-            raise ValueError(f"{transfer} ({text}): a delta goes on over all levels of a refresh as it is; give one format for all")
+            raise ValueError(
+                f"{transfer} ({text}): a delta goes on over all levels of a refresh as it is; give one format for all"
+            )
         return found
 
     def wires(self, name: str, shape: Sequence[int], compute: str = "", kind: str = "matrix") -> Wires:
@@ -327,7 +332,9 @@ class ResolvedPlan:
         for rule in self.plan.rules:
             at_most = "" if rule.max_elements is None else f" up to {rule.max_elements} elements"
             over = [f"{owner} {self._became(getattr(rule, owner))}" for owner in _OWNERS if getattr(rule, owner)]
-            over += [f"{transfer} {_said(getattr(rule, transfer))}" for transfer in TRANSFERS if getattr(rule, transfer)]
+            over += [
+                f"{transfer} {_said(getattr(rule, transfer))}" for transfer in TRANSFERS if getattr(rule, transfer)
+            ]
             lines.append(f"  rule {rule.match}{at_most}: {', '.join(over) or 'as the plan'}")
         for transfer in TRANSFERS:
             formats = self.formats(transfer)
@@ -338,7 +345,9 @@ class ResolvedPlan:
             note = f" (unused: no level {', '.join(f'`{level}`' for level in absent)})" if absent else ""
             lines.append(f"  {transfer + ':':<11}{text}{note}")
         if any(wire.quantized for transfer in TRANSFERS for wire in self.formats(transfer)):
-            lines.append(f"  {'native:':<11}embeddings, norms, vectors, shards smaller than a block, unless a rule says otherwise")
+            lines.append(
+                f"  {'native:':<11}embeddings, norms, vectors, shards smaller than a block, unless a rule says otherwise"
+            )
         if any(wire.delta for wire in self.formats("refresh")):
             every = f" and every {self.plan.full_refresh_every} steps" if self.plan.full_refresh_every else ""
             lines.append(f"  {'full:':<11}a refresh after every write that is no optimizer step{every}")

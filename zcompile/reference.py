@@ -78,7 +78,9 @@ class Order:
         casts = [] if delta else [wire.text for wire in refreshed]
         casts += [gathered[0] if gathered else native, *gathered, native]
         layout = Layout(tuple(shape), sizes, o, wires.block)
-        blocks = Geometry(layout.shards * layout.replicas, (Piece(layout.piece, numel, layout.spans(layout.piece)),), False)
+        blocks = Geometry(
+            layout.shards * layout.replicas, (Piece(layout.piece, numel, layout.spans(layout.piece)),), False
+        )
         return cls(
             reduce=tuple((sizes[j], wires.reduce[j].text) for j in travelling if j < g),
             sync=tuple((sizes[j], wires.sync[j].text) for j in travelling if j >= g),

@@ -83,8 +83,8 @@ class Traffic:
             for spec in unit.specs:
                 amount = cost.full_refresh_bytes(spec) if unit in full else cost.transfer_bytes(spec, "refresh")
                 cost.add(self.step.predicted, amount)
-            for level, amount in refresh.sent(unit, unit in full).items():
-                cost.add(self.step.compiled, {(unit.first.levels[level - 1], "refresh"): amount})
+            for level, received in refresh.sent(unit, unit in full).items():
+                cost.add(self.step.compiled, {(unit.first.levels[level - 1], "refresh"): received})
 
     def program(self, program: Any) -> None:
         """A compiled graph runs."""

@@ -45,7 +45,7 @@ class WireFormat:
             if self.block or self.scale or self.rounding:
                 raise ValueError(f"wire format {self.name!r}: block, scale and rounding belong to int8, int4 and fp8")
             return
-        code = Code(self.fp8 or ("e4m3fn" if self.name == "fp8" else self.name), self.block or 256, self.scale or "bf16", self.rounding or "nearest")  # fmt: skip
+        code = Code(self._kind, self.block or 256, self.scale or "bf16", self.rounding or "nearest")
         for field in ("block", "scale", "rounding"):
             object.__setattr__(self, field, getattr(code, field))
 
@@ -68,12 +68,19 @@ class WireFormat:
     def quantized(self) -> bool:
         return self.name in ("int8", "int4", "fp8")
 
+    @property
+    def _kind(self) -> str:
+        """Kind of its codes; the two fp8 kinds take equally many bytes, so before `resolved` either will do."""
+        return self.fp8 or ("e4m3fn" if self.name == "fp8" else self.name)
+
     @cached_property
     def code(self) -> Code:
         """How blocks become codes. ValueError for formats that have none, and for fp8 before `resolved`."""
         if not self.quantized or (self.name == "fp8" and not self.fp8):
-            raise ValueError(f"wire format {self.name!r} has no code; a quantised one has, fp8 once it is resolved for a chip")
-        return Code(self.fp8 or self.name, self.block, self.scale, self.rounding)
+            raise ValueError(
+                f"wire format {self.name!r} has no code; a quantised one has, fp8 once it is resolved for a chip"
+            )
+        return Code(self._kind, self.block, self.scale, self.rounding)
 
     def resolved(self, compute: str, chip: str = "") -> WireFormat:
         """Itself; for "native" the format of a compute dtype ("float32" or "bfloat16"), for fp8 the code that the chip has in hardware.
@@ -110,7 +117,11 @@ class WireFormat:
         """For people: the name and what differs from the defaults, the block always: "int8/256", "int4-delta/256"."""
         parts = [self.name + "-delta" * self.delta]
         if self.quantized:
-            parts += [str(self.block)] + [self.scale] * (self.scale != "bf16") + [self.rounding] * (self.rounding != "nearest")
+            parts += (
+                [str(self.block)]
+                + [self.scale] * (self.scale != "bf16")
+                + [self.rounding] * (self.rounding != "nearest")
+            )
         return "/".join(parts)
 
     @property
@@ -125,7 +136,7 @@ class WireFormat:
     def bytes(self, n: int) -> int:
         """Bytes of n values of one parameter in a message: of its record, if quantised (n is then a multiple of the block)."""
         if self.quantized:
-            return Code(self.fp8 or ("e4m3fn" if self.name == "fp8" else self.name), self.block, self.scale).record_bytes(n)
+            return Code(self._kind, self.block, self.scale).record_bytes(n)
         return n * self.bits // 8 if self.torch_name else 0
 
 

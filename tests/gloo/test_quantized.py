@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import MODES, received
+from support.training import MODES
 from torch import Tensor, nn
 
 from zcompile import Plan, Rule, hierarchical_zero, ledger
@@ -57,7 +57,9 @@ class Small(nn.Module):
         x = self.norm(self.embed(tokens[:, :-1]))
         for _ in range(self.reads):
             x = torch.tanh(self.twice(x))
-        return nn.functional.cross_entropy(self.down(self.frozen(self.up(x).relu())).flatten(0, 1), tokens[:, 1:].flatten() % 29)
+        return nn.functional.cross_entropy(
+            self.down(self.frozen(self.up(x).relu())).flatten(0, 1), tokens[:, 1:].flatten() % 29
+        )
 
 
 def small() -> nn.Module:
@@ -115,7 +117,9 @@ def agree(found: list[list[Any]], reference: Reference, micro: int, steps: int) 
             assert mine == losses[rank].tolist(), f"step {step}: losses of rank {rank}"
             for name, (start, count), values in held:
                 expected = reference.masters[name].detach()[start : start + count]
-                assert torch.equal(values, expected), f"step {step}: {name} on rank {rank}: {(values - expected).abs().max()}"
+                assert torch.equal(values, expected), (
+                    f"step {step}: {name} on rank {rank}: {(values - expected).abs().max()}"
+                )
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -124,7 +128,9 @@ def test_sharded_training_has_the_bits_of_the_reference(ranks: Any, name: str, m
     topology, plan = PLANS[name]
     found = ranks(8).run(sharded, topology, plan, "eager", micro, 3, torch.float32, timeout=120)
     resolved = plan.resolve(Topology.parse(topology), "float32")
-    reference = Reference(small(), resolved, lambda p: optimizer(q for q in p if q.requires_grad), loss=lambda m, t: m(t) / micro)
+    reference = Reference(
+        small(), resolved, lambda p: optimizer(q for q in p if q.requires_grad), loss=lambda m, t: m(t) / micro
+    )
     agree(found, reference, micro, 3)
 
 

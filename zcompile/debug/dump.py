@@ -102,7 +102,7 @@ class Dump:
             out += ["", *_bytes(traffic(gm), context)]
             out += ["", f"collectives, in order ({len(collectives)})"]
             out += [
-                f"  {i:4d}  {e.transfer:8s}{e.op:12s}{e.level:10s}{e.wire or text.dtype(e.dtype):10s}{e.bytes:14d}  {text.fold(e.parameters)}"
+                f"  {i:4d}  {e.transfer:8s}{e.op:12s}{e.level:10s}{text.wire(e):10s}{e.bytes:14d}  {text.fold(e.parameters)}"
                 for i, e in enumerate(collectives)
             ]
         self._write(context.stage, "summary.txt", out)

@@ -31,6 +31,7 @@ from zcompile.passes.nodes import (
     SEMANTIC,
     SYNC,
     WAIT,
+    Collective,
     collective_of,
     find,
     phase_of,
@@ -52,6 +53,11 @@ def dtype(value: torch.dtype | str) -> str:
     """torch.float32 or "float32" -> "fp32"; names that the plan uses where it has one."""
     name = str(value).removeprefix("torch.")
     return DTYPES.get(name, name)
+
+
+def wire(entry: Collective) -> str:
+    """What a collective sends: the wire format of a quantised message, else the dtype."""
+    return entry.wire or dtype(entry.dtype)
 
 
 def size(count: int) -> str:
@@ -114,7 +120,10 @@ def describe_inputs(gm: GraphModule) -> dict[str, str]:
     for node in find(gm.graph, GATHER):
         name = spec_of(node).name
         leaf = "token of" if phase_of(node) == ACCUMULATE else "leaf of"
-        errors = [(f"feedback of {t}", a) for t, a in zip(spec_of(node).feedback_widths(), node.args[3], strict=False)]
+        errors = [
+            (f"feedback of {t}", a)
+            for t, a in zip(spec_of(node).feedback_widths(), cast(Any, node.args[3]), strict=False)
+        ]
         for role, argument in (*zip((leaf, "copy of", "main grad of"), node.args[:3], strict=True), *errors):
             if isinstance(argument, Node):
                 names = found.setdefault(argument.name, {}).setdefault(role, [])
@@ -146,7 +155,7 @@ def _what(node: Node, inputs: Mapping[str, str]) -> str:
         return _semantic(node)
     if node.target in COLLECTIVES:
         entry = collective_of(node)
-        sent = f"{entry.op} {entry.level} {size(entry.bytes)} {entry.wire or dtype(entry.dtype)}"
+        sent = f"{entry.op} {entry.level} {size(entry.bytes)} {wire(entry)}"
         return f"{entry.transfer}> {sent} {fold(entry.parameters)}"
     if node.target is WAIT:
         origin = node.args[0]
@@ -179,9 +188,9 @@ def _code(text: Any) -> str:
 def _semantic(node: Node) -> str:
     spec, transfer = spec_of(node), TRANSFER[node.target]
     hops = []
-    for level, wire, kind in cost.transfer_levels(spec, transfer):
-        if amount := cost.hop_bytes(spec.layout, level, wire, kind):
-            hops.append(f"{'back ' * (kind == 'back')}{spec.levels[level - 1]} {size(amount)} {wire.short}")
+    for level, how, kind in cost.transfer_levels(spec, transfer):
+        if amount := cost.hop_bytes(spec.layout, level, how, kind):
+            hops.append(f"{'back ' * (kind == 'back')}{spec.levels[level - 1]} {size(amount)} {how.short}")
     operand = "" if node.target is GATHER else f" of {_argument(node.args[0])}"
     phase = f", {phase_of(node)}" if node.target is GATHER else ""
     message = f"   message {node.meta['zc_bucket']}" if "zc_bucket" in node.meta else ""
