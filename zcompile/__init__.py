@@ -2,7 +2,14 @@
 
 __version__ = "0.1.0"
 
-from zcompile.api import full_state_dict, hierarchical_zero, ledger, mark_written
+from zcompile.api import (
+    feedback_state,
+    full_state_dict,
+    hierarchical_zero,
+    ledger,
+    load_feedback_state,
+    mark_written,
+)
 from zcompile.plan import Plan, Rule
 from zcompile.topology import Level, Topology
 from zcompile.wire import WireFormat
@@ -13,8 +20,10 @@ __all__ = [
     "Rule",
     "Topology",
     "WireFormat",
+    "feedback_state",
     "full_state_dict",
     "hierarchical_zero",
     "ledger",
+    "load_feedback_state",
     "mark_written",
 ]

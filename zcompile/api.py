@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import optimizers, traffic
+from zcompile import feedback, optimizers, traffic
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.engine import Engine
 from zcompile.front import Root, install, whole_call
@@ -242,6 +243,24 @@ def ledger(model: nn.Module) -> dict[str, Any]:
     forms, from the collective nodes of the graphs that ran, and from the process groups; they are equal, or something is wrong.
     """
     return traffic.report(_engine(model, "ledger"))
+
+
+def feedback_state(model: nn.Module) -> dict[str, dict[str, DTensor]]:
+    """The state of the error feedback, for torch.distributed.checkpoint: put it beside the model's under a name of its own. {} without.
+
+    {topology key: {"parameter.reduce" or "parameter.sync": DTensor [ranks, elements] fp32}}; the tensors are the state itself.
+    """
+    return feedback.feedback_state(model, _engine(model, "feedback_state"))
+
+
+def load_feedback_state(model: nn.Module, checkpoint: str | os.PathLike[str], prefix: str = "feedback") -> bool:
+    """Bring back what `feedback_state` saved under `prefix` in a checkpoint folder; every rank calls it.
+
+    Returns:
+        False if the checkpoint holds none for this topology and plan (it was saved on another world, say): the state then begins at
+        zero, and rank 0 says so.
+    """
+    return feedback.load(model, _engine(model, "load_feedback_state"), checkpoint, prefix)
 
 
 def mark_written(model: nn.Module) -> None:
