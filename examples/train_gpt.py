@@ -1,9 +1,10 @@
 """Train a small GPT on the bytes of Python's standard library, with hierarchical ZeRO.
 
     torchrun --nproc-per-node 8 examples/train_gpt.py --topology 2x2x2 --plan zero_topo
+    torchrun --nproc-per-node 8 examples/train_gpt.py --topology 2x2x2 --plan zero_topo --dtype bfloat16 --wire paper
 
 The model and the data (gpt.py) are plain PyTorch and so is the loop: zcompile appears where the model is wrapped
-(`setup`) and where its books are read (`received`, `zero3_traffic`, `memory_per_rank`). Runs on CPUs (gloo) and GPUs.
+(`prepare`) and where its books are read (`received`, `zero3_traffic`, `memory_per_rank`). Runs on CPUs (gloo) and GPUs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
@@ -32,10 +33,13 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 import zcompile
+from zcompile.cost import transfer_bytes
+from zcompile.layout import ParamSpec
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # with PYTHONSAFEPATH=1 Python does not do so
 from gpt import GPT, Batches, Corpus, Shape, bigram_entropy, windows
 
+WIRE_OPTIONS = ("wire", "gather", "reduce", "sync", "refresh", "error_feedback")
 WARM_UP, DECAY = 0.1, 0.6  # of all steps: the learning rate rises over the first tenth and falls over the last 60 %
 
 
@@ -49,28 +53,28 @@ def received(model: nn.Module) -> dict[str, int]:
 
 
 def zero3_traffic(model: nn.Module, topology: zcompile.Topology, compute: str, micro_steps: int) -> dict[str, float]:
-    """Bytes that one rank would receive over each level in one optimizer step under the `zero3` preset.
+    """Bytes that one rank would receive over each level in one optimizer step under the `zero3` preset, padding included.
 
-    Closed form, without padding: a hop over level j brings b (1/E_(j-1) - 1/E_j) bytes per parameter of b bytes on the
-    wire. Gathers run in each forward and again in each backward, but for embeddings, whose backward does not read them.
+    zcompile's closed form of each transfer, times how often it runs: gathers in each forward and again in each
+    backward, but for embeddings, whose backward does not read them; reductions once a micro-step; syncs (of parameters
+    with fewer rows than ranks, whose replicas meet) once a step.
     """
     resolved = zcompile.Plan.preset("zero3").resolve(topology, compute)
-    extents = topology.extents
-    gather, reduce, sync, back = (resolved.formats(transfer) for transfer in ("gather", "reduce", "sync", "back"))
     traffic = dict.fromkeys(topology.names, 0.0)
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
-        elements, rows = parameter.numel(), parameter.shape[0] if parameter.dim() else 1
-        weights, gradients, _ = resolved.placement(name, rows, elements, parameter.dim())
+        shape = tuple(parameter.shape)
+        places = resolved.placement(name, shape[0] if shape else 1, parameter.numel(), len(shape))
+        found = resolved.wires(name, shape)
+        wires: dict[str, Any] = {key: tuple(wire.text for wire in each) for key, each in vars(found).items()}
+        spec = ParamSpec(
+            name, shape, topology.sizes, topology.names, topology.key, *places, compute, **wires,
+            unit="", offset=0, unit_shard=0,
+        )  # fmt: skip
         gathers = micro_steps if isinstance(owners[id(parameter)], nn.Embedding) else 2 * micro_steps
-        for j, level in enumerate(topology.names, start=1):
-            share = elements * (1 / extents[j - 1] - 1 / extents[j])
-            if j <= weights:
-                traffic[level] += share * gather[j - 1].bits / 8 * gathers
-            if j <= gradients:
-                traffic[level] += share * reduce[j - 1].bits / 8 * micro_steps
-            else:  # too few rows for the world: replicas meet once a step
-                traffic[level] += share * (sync[j - 1].bits + back[j - 1].bits) / 8
+        for transfer, times in (("gather", gathers), ("reduce", micro_steps), ("sync", 1)):
+            for (level, _), amount in transfer_bytes(spec, transfer).items():
+                traffic[level] += times * amount
     return traffic
 
 
@@ -174,24 +178,29 @@ def mean_over_ranks(value: Tensor) -> float:
     return float(total) / dist.get_world_size()
 
 
-def setup(arguments: argparse.Namespace) -> Run:
-    """Everything that can be wrong with the command line is found here."""
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():  # with one visible device per process each of them is device 0
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+def plan_of(arguments: argparse.Namespace) -> zcompile.Plan:
+    """The preset, with the wire formats that were asked for."""
+    asked = {option: value for option in WIRE_OPTIONS if (value := getattr(arguments, option)) is not None}
+    return zcompile.Plan.preset(arguments.plan, **asked)
+
+
+def shape_of(arguments: argparse.Namespace) -> Shape:
     shape = Shape(arguments.layers, arguments.hidden, arguments.heads, arguments.context)
     if shape.hidden % (2 * shape.heads):
         raise ValueError(f"--hidden {shape.hidden} is not a multiple of twice --heads {shape.heads}")
-    corpus = Corpus.standard_library()
+    return shape
+
+
+def prepare(arguments: argparse.Namespace, plan: zcompile.Plan, corpus: Corpus, device: torch.device) -> Run:
+    """A model that starts from --seed, sharded by `plan`, with its optimizer and its batches."""
+    shape = shape_of(arguments)
     torch.manual_seed(arguments.seed)
     with device:
         plain = GPT(shape)
     model: Any = zcompile.hierarchical_zero(
         plain,
         topology=arguments.topology,
-        plan=arguments.plan,
+        plan=plan,
         compute_dtype=getattr(torch, arguments.dtype),
         compile=not arguments.eager,
     )
@@ -203,7 +212,18 @@ def setup(arguments: argparse.Namespace) -> Run:
     batches = Batches(corpus.train, shape.context, arguments.seed)
     if batches.count < ranks * arguments.micro_batch:
         raise ValueError(f"--micro-batch {arguments.micro_batch} on {ranks} ranks: there are {batches.count} windows")
-    run = Run(arguments, model, optimizer, model.zero.plan.topology, device, corpus, batches, rank, ranks)
+    return Run(arguments, model, optimizer, model.zero.plan.topology, device, corpus, batches, rank, ranks)
+
+
+def setup(arguments: argparse.Namespace) -> Run:
+    """Everything that can be wrong with the command line is found here; a bad plan before the ranks look for each other."""
+    plan = plan_of(arguments)
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():  # with one visible device per process each of them is device 0
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    run = prepare(arguments, plan, Corpus.standard_library(), device)
     if arguments.resume:
         run.resume()
     else:
@@ -314,30 +334,45 @@ def report(
     )
 
 
-def parse() -> argparse.Namespace:
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the model and its training, which convergence.py has too."""
+    option = parser.add_argument
+    option("--dtype", default="float32", choices=["float32", "bfloat16"], help="compute dtype (default: %(default)s)")
+    option("--steps", type=positive, default=200, help="optimizer steps (default: %(default)s)")
+    option("--micro-batch", type=positive, default=2, help="windows per rank and micro-step (default: %(default)s)")
+    option("--accumulate", type=positive, default=2, help="micro-steps per optimizer step (default: %(default)s)")
+    option("--lr", type=float, default=3e-3, help="highest learning rate (default: %(default)s)")
+    for name in ("layers", "hidden", "heads", "context"):
+        option(f"--{name}", type=positive, default=getattr(Shape, name), help="(default: %(default)s)")
+    option("--validation-windows", type=positive, default=256, help="(default: %(default)s)")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--topology", help='levels of the machine, fastest first: "2x2x2", "frontier", "mi300x" (default: detected)')
     option(
         "--plan", default="zero_topo", help="placements: ddp, zero1, zero3, hsdp, zeropp, ... (default: %(default)s)"
     )
-    option("--dtype", default="float32", choices=["float32", "bfloat16"], help="compute dtype (default: %(default)s)")
+    option("--wire", metavar="NAME", help="formats of all transfers: paper is int8 gathers and int4 reductions")
+    for transfer, what in (
+        ("gather", "of weights, in forward and backward"),
+        ("reduce", "of gradients, each micro-step"),
+        ("sync", "of gradients, once a step (default: as --reduce)"),
+        ("refresh", "of weights, once a step, int4-delta too (default: as --gather)"),
+    ):
+        option(f"--{transfer}", metavar="FORMAT", help=f"native, fp32, bf16, int8, int4, ...: {what}")
+    option("--error-feedback", type=float, metavar="BETA", help="add what quantising a gradient lost to the next one")
+    add_training_options(parser)
     option("--eager", action="store_true", help="run without compiling")
-    option("--steps", type=positive, default=200, help="optimizer steps (default: %(default)s)")
-    option("--micro-batch", type=positive, default=2, help="windows per rank and micro-step (default: %(default)s)")
-    option("--accumulate", type=positive, default=2, help="micro-steps per optimizer step (default: %(default)s)")
-    option("--lr", type=float, default=3e-3, help="highest learning rate (default: %(default)s)")
     option("--seed", type=int, default=0)
-    for name in ("layers", "hidden", "heads", "context"):
-        option(f"--{name}", type=positive, default=getattr(Shape, name), help="(default: %(default)s)")
-    option("--validation-windows", type=positive, default=256, help="(default: %(default)s)")
     option("--report-every", type=positive, default=10, metavar="STEPS", help="(default: %(default)s)")
     build = pathlib.Path("build/train")
     option("--checkpoint", type=pathlib.Path, default=build / "checkpoint", help="folder (default: %(default)s)")
     option("--save-every", type=int, default=0, metavar="STEPS", help="as well as at the end (default: never)")
     option("--resume", action="store_true", help="go on from the newest checkpoint in --checkpoint")
     option("--metrics", type=pathlib.Path, default=build / "metrics.jsonl", help="JSON lines (default: %(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def positive(text: str) -> int:

@@ -1,13 +1,15 @@
 // The quantisers on CPUs: the bits of kernels/reference.py, vectorised by the compiler. docs/wire-format.md says what they are.
 //
-// Built by kernels/cpu.py with -ffp-contract=off and without -ffast-math: each operation rounds once, as in the reference. An entry
-// point is called once per bucket with a table of runs, one per row and parameter, so that its cost does not grow with the number
-// of parameters. It allocates nothing, keeps no state and may run on several threads at once.
+// Built by kernels/cpu.py with -ffp-contract=off and without -ffast-math: each operation rounds once, as in the reference. An
+// entry point is called once per bucket with a table of runs, one per row and parameter. It allocates nothing, keeps no state,
+// and may run on several threads at once.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire format is little-endian, and pairs of values are read as one word");
 
 namespace {
 
@@ -20,11 +22,11 @@ enum Kind { INT8 = 0, INT4 = 1 };
 enum Type { FP32 = 0, BF16 = 1 };
 
 constexpr int64_t SMALLEST_BLOCK = 32;
-constexpr int64_t STRETCH = 2048;  // values that are worked on at a time: the largest block, and a buffer that stays in the L1 cache
+constexpr int64_t STRETCH = 2048;  // values that are worked on at a time: the largest block; a buffer of them stays in the L1 cache
 constexpr int64_t ALIGN = 16;
 constexpr uint32_t INFINITE = 0x7f800000u;
 constexpr uint32_t SMALLEST = 0x17800000u;  // 2^-80: a block whose amax is below is zeros
-constexpr float MAGIC = 12582912.0f;        // 1.5 * 2^23: adding it to |v| < 2^21 rounds v to nearest even, and leaves it in the low bits
+constexpr float MAGIC = 12582912.0f;        // 1.5 * 2^23: added to |v| < 2^21, it rounds v to nearest even and leaves it in the low bits
 
 }  // namespace
 
@@ -81,17 +83,17 @@ inline bf16 round_any(float x) { return (bits_of(x) & 0x7fffffffu) > INFINITE ? 
 inline void store_any(float& to, float x) { to = x; }
 inline void store_any(bf16& to, float x) { to = round_any(x); }
 
-// Sizes are multiples of 16 (blocks of 32 or more, halved by int4): said to the compiler, which then leaves out the tail of a loop.
+// 1 / part of a block. That blocks are whole multiples of 32 is said to the compiler, which then leaves out the tails of loops.
 template <class N>
-inline N whole(N n) {
-  if (n % 16 || n <= 0) __builtin_unreachable();
-  return n;
+inline N whole(N block, N part = 1) {
+  if (block % 32 || block <= 0) __builtin_unreachable();
+  return block / part;
 }
 
 // Bit pattern of the largest magnitude as fp32: compared as integers, NaN is the largest of all.
 inline uint32_t largest(const float* __restrict x, int64_t n) {
   int32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < whole(n); ++i) {
     const int32_t bits = int32_t(bits_of(x[i]) & 0x7fffffffu);
     most = bits > most ? bits : most;
   }
@@ -100,7 +102,7 @@ inline uint32_t largest(const float* __restrict x, int64_t n) {
 
 inline uint32_t largest(const bf16* __restrict x, int64_t n) {
   int16_t most = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < whole(n); ++i) {
     const int16_t bits = int16_t(x[i] & 0x7fff);
     most = bits > most ? bits : most;
   }
@@ -138,9 +140,9 @@ inline float second(uint32_t pair) { return float_of(pair & 0xffff0000u); }
 template <Kind kind, bool stochastic>
 LOOP write_codes(const float* __restrict x, float inverse, uint8_t* __restrict out, uint32_t block) {
   if (kind == INT8) {
-    for (uint32_t i = 0; i < block; ++i) out[i] = uint8_t(code_of<stochastic>(x[i], inverse, 127.0f, 0.0f, i));
+    for (uint32_t i = 0; i < whole(block); ++i) out[i] = uint8_t(code_of<stochastic>(x[i], inverse, 127.0f, 0.0f, i));
   } else {
-    const uint32_t half = whole(block / 2);
+    const uint32_t half = whole<uint32_t>(block, 2);
     const float* __restrict y = x + half;
     for (uint32_t i = 0; i < half; ++i) {
       const uint32_t low = code_of<stochastic>(x[i], inverse, 7.0f, 8.0f, i);
@@ -154,19 +156,19 @@ template <Kind kind, bool stochastic>
 LOOP write_codes(const bf16* __restrict x, float inverse, uint8_t* __restrict out, uint32_t block) {
   if (stochastic) {  // the hash is most of the work; compilers give up on it in pairs
     float wide[STRETCH];
-    for (uint32_t i = 0; i < block; ++i) wide[i] = widen(x[i]);
+    for (uint32_t i = 0; i < whole(block); ++i) wide[i] = widen(x[i]);
     return write_codes<kind, true>(wide, inverse, out, block);
   }
   const auto code = [=](float value, float zero) { return code_of<false>(value, inverse, 0.0f, zero, 0); };
   const word32* __restrict pairs = reinterpret_cast<const word32*>(x);
   word16* __restrict to = reinterpret_cast<word16*>(out);
   if (kind == INT8) {
-    for (uint32_t i = 0; i < block / 2; ++i) {  // offset by 128, so that no sign runs into the neighbour's bits
+    for (uint32_t i = 0; i < whole<uint32_t>(block, 2); ++i) {  // offset by 128, so that no sign runs into the neighbour's bits
       const uint32_t low = code(first(pairs[i]), 128.0f), high = code(second(pairs[i]), 128.0f);
       to[i] = uint16_t((low | high << 8) ^ 0x8080u);
     }
   } else {
-    const uint32_t quarter = whole(block / 2) / 2;
+    const uint32_t quarter = whole<uint32_t>(block, 4);
     const word32* __restrict others = pairs + quarter;
     for (uint32_t i = 0; i < quarter; ++i) {
       const uint32_t a = code(first(pairs[i]), 8.0f), b = code(second(pairs[i]), 8.0f);
@@ -190,7 +192,10 @@ inline float read_scale(const uint8_t* at, int32_t type) {
 template <Kind kind>
 constexpr int64_t code_bytes(int64_t n) { return kind == INT8 ? n : n / 2; }
 
-inline int64_t scale_bytes(int32_t type) { return type == BF16 ? 2 : 4; }
+// Bytes of the scales of n values. Blocks are powers of two, and divisions slow.
+inline int64_t scale_bytes(int64_t n, int32_t type, int64_t block) {
+  return (n >> __builtin_ctzll(uint64_t(block))) * (type == BF16 ? 2 : 4);
+}
 
 template <Kind kind>
 inline void write_zeros(uint8_t* codes, int64_t block) {  // codes of zero, without looking at the values
@@ -227,7 +232,7 @@ LOOP encode(const T* x, int64_t n, uint8_t* codes, uint8_t* scales, int32_t scal
   for (int64_t at = 0; at < n; at += STRETCH) {
     const int64_t count = (n - at < STRETCH ? n - at : STRETCH) / block;
     for (int64_t b = 0; b < count; ++b) most[b] = largest(x + at + b * block, block);
-    write_scales<kind>(most, count, scales + at / block * scale_bytes(scale_type), scale_type, inverse);
+    write_scales<kind>(most, count, scales + scale_bytes(at, scale_type, block), scale_type, inverse);
     for (int64_t b = 0; b < count; ++b) {
       uint8_t* to = codes + code_bytes<kind>(at + b * block);
       if (inverse[b] > 0.0f) write_codes<kind, stochastic>(x + at + b * block, inverse[b], to, uint32_t(block));
@@ -247,9 +252,9 @@ inline float value_of(const uint8_t* codes, int64_t i, float scale, bool high) {
 template <Kind kind, class F>
 inline void each(int64_t block, F f) {
   if (kind == INT8) {
-    for (int64_t i = 0; i < block; ++i) f(i, i, false);
+    for (int64_t i = 0; i < whole(block); ++i) f(i, i, false);
   } else {
-    const int64_t half = whole(block / 2);
+    const int64_t half = whole<int64_t>(block, 2);
     for (int64_t i = 0; i < half; ++i) {
       f(i, i, false);
       f(i + half, i, true);
@@ -268,12 +273,12 @@ template <Kind kind, class F>
 inline void each_pair(const uint8_t* codes, float scale, int64_t block, F f) {
   const word16* pairs = reinterpret_cast<const word16*>(codes);
   if (kind == INT8) {
-    for (int64_t i = 0; i < block / 2; ++i) {
+    for (int64_t i = 0; i < whole<int64_t>(block, 2); ++i) {
       const int32_t pair = int16_t(pairs[i]);
       f(i, float(int32_t(uint32_t(pair) << 24) >> 24) * scale, float(pair >> 8) * scale);
     }
   } else {
-    const int64_t quarter = whole(block / 2) / 2;
+    const int64_t quarter = whole<int64_t>(block, 4);
     for (int64_t i = 0; i < quarter; ++i) {
       const int32_t pair = pairs[i];
       f(i, float((pair & 15) - 8) * scale, float((pair >> 8 & 15) - 8) * scale);
@@ -292,7 +297,7 @@ inline void decode_numbers(const uint8_t* __restrict codes, float scale, bf16* _
 template <Kind kind, class T>
 LOOP decode(const uint8_t* codes, float scale, T* out, int64_t block) {
   if (scale == scale) return decode_numbers<kind>(codes, scale, out, block);
-  for (int64_t i = 0; i < block; ++i) store_any(out[i], float_of(0x7fc00000u));
+  for (int64_t i = 0; i < whole(block); ++i) store_any(out[i], float_of(0x7fc00000u));
 }
 
 // image + what codes and scale say, in place.
@@ -335,20 +340,19 @@ inline void add_some(int64_t terms, const uint8_t* const* codes, const float* sc
   if (terms == 4) add_terms<kind, 4, more>(codes, scales, out, block);
 }
 
-// Block `index` of a run, summed over `parts` messages that lie `stride` bytes apart.
+// The block of a record of n values that begins at value `at`, summed over `parts` messages that lie `stride` bytes apart.
 template <Kind kind>
-LOOP sum_parts(const uint8_t* record, int64_t n, int64_t index, int64_t parts, int64_t stride, int32_t scale_type, float* out,
-                      int64_t block) {
-  const int64_t code_at = index * code_bytes<kind>(block);
-  const int64_t scale_at = code_bytes<kind>(n) + index * scale_bytes(scale_type);
+LOOP sum_parts(const uint8_t* record, int64_t n, int64_t at, int64_t parts, int64_t stride, int32_t scale_type, float* out,
+               int64_t block) {
+  const int64_t code_at = code_bytes<kind>(at), scale_at = code_bytes<kind>(n) + scale_bytes(at, scale_type, block);
   for (int64_t part = 0; part < parts; part += 4) {
     const int64_t terms = parts - part < 4 ? parts - part : 4;
     const uint8_t* codes[4];
     float scales[4];
     for (int64_t term = 0; term < terms; ++term) {
-      const uint8_t* at = record + (part + term) * stride;
-      codes[term] = at + code_at;
-      scales[term] = read_scale(at + scale_at, scale_type);
+      const uint8_t* from = record + (part + term) * stride;
+      codes[term] = from + code_at;
+      scales[term] = read_scale(from + scale_at, scale_type);
     }
     if (part) add_some<kind, true>(terms, codes, scales, out, block);
     else add_some<kind, false>(terms, codes, scales, out, block);
@@ -358,7 +362,7 @@ LOOP sum_parts(const uint8_t* record, int64_t n, int64_t index, int64_t parts, i
 // Zeros from the end of the scales to a multiple of ALIGN.
 template <Kind kind>
 inline void write_padding(uint8_t* record, int64_t n, int32_t scale_type, int64_t block) {
-  const int64_t used = code_bytes<kind>(n) + n / block * scale_bytes(scale_type);
+  const int64_t used = code_bytes<kind>(n) + scale_bytes(n, scale_type, block);
   std::memset(record + used, 0, size_t((used + ALIGN - 1) / ALIGN * ALIGN - used));
 }
 
@@ -376,13 +380,13 @@ void quantize(const Table& table, const void* const* sources, bool joint, uint8_
       const int64_t left = run->valid - at;
       std::memcpy(last, x + at, size_t(left) * sizeof(T));
       std::memset(last + left, 0, size_t(block - left) * sizeof(T));
-      encode<kind, stochastic>(last, block, codes + code_bytes<kind>(at), scales + at / block * scale_bytes(table.scale), table.scale,
-                               block);
+      uint8_t* scale = scales + scale_bytes(at, table.scale, block);
+      encode<kind, stochastic>(last, block, codes + code_bytes<kind>(at), scale, table.scale, block);
       at += block;
     }
     for (; at < run->n; at += block) {
       write_zeros<kind>(codes + code_bytes<kind>(at), block);
-      std::memset(scales + at / block * scale_bytes(table.scale), 0, size_t(scale_bytes(table.scale)));
+      std::memset(scales + scale_bytes(at, table.scale, block), 0, size_t(scale_bytes(block, table.scale, block)));
     }
     write_padding<kind>(codes, run->n, table.scale, block);
   }
@@ -400,8 +404,8 @@ void quantize_delta(const Table& table, const float* x, const T* image, uint8_t*
       const float* __restrict a = x + run->joint + at;
       const T* __restrict b = image + run->joint + at;
       for (int64_t i = 0; i < whole(n); ++i) difference[i] = a[i] - widen(b[i]);
-      encode<kind, stochastic>(difference, n, codes + code_bytes<kind>(at), scales + at / block * scale_bytes(table.scale), table.scale,
-                               block);
+      uint8_t* scale = scales + scale_bytes(at, table.scale, block);
+      encode<kind, stochastic>(difference, n, codes + code_bytes<kind>(at), scale, table.scale, block);
     }
     write_padding<kind>(codes, run->n, table.scale, block);
   }
@@ -416,7 +420,7 @@ void dequantize(const Table& table, const uint8_t* message, T* out) {
     const uint8_t* scales = record + code_bytes<kind>(run->n);
     T* to = out + run->joint;
     for (int64_t at = 0; at < run->valid; at += block) {
-      const float scale = read_scale(scales + at / block * scale_bytes(table.scale), table.scale);
+      const float scale = read_scale(scales + scale_bytes(at, table.scale, block), table.scale);
       const int64_t left = run->valid - at;
       decode<kind>(record + code_bytes<kind>(at), scale, left >= block ? to + at : some, block);
       if (left < block) std::memcpy(to + at, some, size_t(left) * sizeof(T));
@@ -431,7 +435,7 @@ void apply_delta(const Table& table, const uint8_t* message, T* image) {
     const uint8_t* record = message + run->record;
     const uint8_t* scales = record + code_bytes<kind>(run->n);
     for (int64_t at = 0; at < run->n; at += block) {
-      const float scale = read_scale(scales + at / block * scale_bytes(table.scale), table.scale);
+      const float scale = read_scale(scales + scale_bytes(at, table.scale, block), table.scale);
       add<kind>(record + code_bytes<kind>(at), scale, image + run->joint + at, block);
     }
   }
@@ -445,11 +449,11 @@ void reduce(const Table& table, const uint8_t* message, int64_t parts, float* co
   for (const Run* run = table.runs; run != table.runs + table.count; ++run) {
     for (int64_t at = 0; at < run->n; at += block) {
       float* to = out ? out + run->joint + at : nullptr;
-      sum_parts<kind>(message + run->record, run->n, at / block, parts, table.bytes, table.scale, mains ? sum : to, block);
+      sum_parts<kind>(message + run->record, run->n, at, parts, table.bytes, table.scale, mains ? sum : to, block);
       if (!mains) continue;
       const float* main = mains[run->piece] + run->own + at;
       if (!to) to = mains[run->piece] + run->own + at;
-      for (int64_t i = 0; i < block; ++i) to[i] = main[i] + sum[i];
+      for (int64_t i = 0; i < whole(block); ++i) to[i] = main[i] + sum[i];
     }
   }
 }
@@ -465,8 +469,9 @@ void requantize(const Table& table, const Table& into, const uint8_t* message, i
     for (int64_t at = 0; at < source.n; at += STRETCH) {
       const int64_t n = source.n - at < STRETCH ? source.n - at : STRETCH;
       for (int64_t i = 0; i < n; i += from)
-        sum_parts<kind>(message + source.record, source.n, (at + i) / from, parts, table.bytes, table.scale, sum + i, from);
-      encode<other, stochastic>(sum, n, codes + code_bytes<other>(at), scales + at / block * scale_bytes(into.scale), into.scale, block);
+        sum_parts<kind>(message + source.record, source.n, at + i, parts, table.bytes, table.scale, sum + i, from);
+      uint8_t* scale = scales + scale_bytes(at, into.scale, block);
+      encode<other, stochastic>(sum, n, codes + code_bytes<other>(at), scale, into.scale, block);
     }
     write_padding<other>(codes, target.n, into.scale, block);
   }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -31,11 +32,6 @@ from torch import Tensor
 from zcompile.kernels import reference
 from zcompile.kernels.code import Code
 from zcompile.kernels.geometry import Geometry
-
-try:
-    import fcntl
-except ImportError:  # not on every platform: then each process builds, and the last rename wins
-    fcntl = None  # type: ignore[assignment]
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = (
@@ -391,9 +387,6 @@ def _compile(compiler: Sequence[str], target: Path) -> None:
 @contextlib.contextmanager
 def _turn(path: Path) -> Iterator[None]:
     """One process at a time; after PATIENCE, or where files cannot be locked, go on regardless (the rename is atomic)."""
-    if fcntl is None:
-        yield
-        return
     with open(path, "w") as file:
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:

@@ -23,6 +23,14 @@ COMMANDS = {
         "zcompile.compare_bytes",
         "bytes per level of a small GPT under native and quantised plans, beside FSDP2 and HSDP, counted on eight local processes",
     ),
+    "kernels": (
+        "zcompile.kernels_command",
+        "compile every kernel for every architecture, without a GPU: registers, spills, widths, and what arithmetic allows",
+    ),
+    "kernel-bench": (
+        "zcompile.kernel_bench",
+        "time the quantisers beside a copy of the memory, eager torch and torch.compile, in one run",
+    ),
     "overhead": (
         "zcompile.overhead",
         "one process, 1x1x1, against plain torch.compile: step time and memory, side by side",

@@ -175,7 +175,6 @@ class ParamSpec:
         gather, reduce, sync, back, refresh: wire format (`WireFormat.text`), one per level.
         block: what its shards are padded to a multiple of, for quantisation; 1 for none.
         feedback: beta of the error feedback of its gradient, None for none.
-        peer: levels whose gather hop may read memory.
         unit: which unit's buffers hold it; `offset` and `unit_shard` say where: columns [offset, offset + shard) of unit_shard.
         record, unit_record: the same of a compute copy that is stored as codes, in bytes.
     """
@@ -199,7 +198,6 @@ class ParamSpec:
     unit_shard: int
     block: int = 1
     feedback: float | None = None
-    peer: tuple[str, ...] = ()
     record: int = 0
     unit_record: int = 0
 
@@ -276,7 +274,7 @@ class ParamSpec:
         """Parameters with equal chains can share messages: same placements, formats and levels."""
         return (
             self.topology, self.w, self.g, self.o, self.compute, self.gather, self.reduce, self.sync, self.back, self.refresh,
-            self.block, self.feedback, self.peer,
+            self.block, self.feedback
         )  # fmt: skip
 
 

@@ -37,9 +37,6 @@ PRESETS: dict[str, tuple[str, str, str]] = {
 WIRES = {"paper": {"gather": "int8", "reduce": "int4"}}
 """What `wire=` stands for: formats of transfers, by name."""
 
-PEER_LEVELS = ("pair", "node")
-"""Levels over which one device can read another one's memory."""
-
 _DEFAULTS = {"gather": "native", "reduce": "fp32", "back": "fp32"}
 _OWNERS = ("weights", "gradients", "optimizer")
 # Names with a known order. `site` is no placement: each site holds the whole state, `world` is the widest.
@@ -99,10 +96,9 @@ class Plan:
     back fp32. None means that default at all levels. `back` is the way from the world back to O when O is narrower. A refresh can
     also be "int8-delta" or "int4-delta". Quantised formats are for matrices: see KINDS and Rule.
     wire: "paper" is int8 gathers (so refreshes) and int4 reductions (so syncs), where these are not given.
-    full_refresh_every: with a delta refresh, every so many optimizer steps a full one (0: after other writes only).
+    full_refresh_every: after so many delta refreshes in a row a full one (0: after other writes only).
     error_feedback: None, or beta in [0, 1): what quantising a gradient loses on this rank is added to its next one. The state is
     beta times the old one and 1 - beta times the new loss (LoCo's moving average; 0: the loss itself).
-    peer_gather: levels whose quantised gather hop reads the other ranks' memory in one kernel instead of receiving a message.
     bucket_bytes: the size that a message aims at.  name: a label.
 
     Order is checked here where names are on the canonical ladder, and for all names in `resolve`.
@@ -120,7 +116,6 @@ class Plan:
     back: Formats | None = None
     full_refresh_every: int = 0
     error_feedback: float | None = None
-    peer_gather: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     bucket_bytes: int = 25 * 2**20
     name: str = "custom"
@@ -145,16 +140,9 @@ class Plan:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"bucket_bytes={size!r}: must be a number of bytes from 1")
         if isinstance(every, bool) or not isinstance(every, int) or every < 0:
-            raise ValueError(f"full_refresh_every={every!r}: must be a number of optimizer steps, or 0 for never")
+            raise ValueError(f"full_refresh_every={every!r}: must be a number of delta refreshes, or 0 for never")
         if beta is not None and (isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta < 1):
             raise ValueError(f"error_feedback={beta!r}: must be None, or a number from 0 up to, not including, 1")
-        levels: object = self.peer_gather
-        if isinstance(levels, str) or not isinstance(levels, Iterable):
-            raise ValueError(f"peer_gather={levels!r}: must be a sequence of level names, such as ('pair',)")
-        object.__setattr__(self, "peer_gather", tuple(levels))
-        for level in self.peer_gather:
-            if level not in PEER_LEVELS:
-                raise ValueError(f"peer_gather names {level!r}: memory can be read over {', '.join(PEER_LEVELS)}")
         if isinstance(self.rules, (str, Rule)) or not isinstance(self.rules, Iterable):
             raise ValueError(f"rules={self.rules!r}: must be a sequence of Rule")
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -349,12 +337,10 @@ class ResolvedPlan:
                 f"  {'native:':<11}embeddings, norms, vectors, shards smaller than a block, unless a rule says otherwise"
             )
         if any(wire.delta for wire in self.formats("refresh")):
-            every = f" and every {self.plan.full_refresh_every} steps" if self.plan.full_refresh_every else ""
+            every = f" and after {self.plan.full_refresh_every} deltas" if self.plan.full_refresh_every else ""
             lines.append(f"  {'full:':<11}a refresh after every write that is no optimizer step{every}")
         if self.plan.error_feedback is not None:
             lines.append(f"  {'feedback:':<11}beta {self.plan.error_feedback:g}, where gradients are quantised")
-        if self.plan.peer_gather:
-            lines.append(f"  {'peer:':<11}gathers over {', '.join(self.plan.peer_gather)} read memory")
         lines.append(f"  {'bucket:':<11}{self.plan.bucket_bytes} bytes")
         return "\n".join(lines)
 

@@ -46,7 +46,7 @@ class Order:
     Attributes:
         reduce, sync: hops up to G, and from there to the world, in the order they run.
         back: formats through which the sum comes back from the world to O, fp32 left out.
-        delta: format of a delta refresh, "" for none; `full_every` steps apart it is a full one (0: never).
+        delta: format of a delta refresh, "" for none; after `full_every` of them in a row there is a full one (0: never).
         weight: formats through which a master (with a delta refresh: its image) becomes the weight of a forward, fp32 left out.
         compute: dtype of that weight.
         blocks: where quantisation blocks lie in the parameter (`Geometry.text`), "" if nothing is quantised.

@@ -29,9 +29,7 @@ SHAPES = {
     "gpt-neox-20b": Shape(44, 6144, 64, 50432, 2048),  # EleutherAI/gpt-neox configs/20B.yml
     "pythia-6.9b": Shape(32, 4096, 32, 50432, 2048),
     "pythia-160m": Shape(12, 768, 12, 50304, 2048),
-    "gpt-21m": Shape(
-        6, 512, 8, 2048, 128
-    ),  # ours: large enough to quantise, small enough for eight processes on one machine
+    "gpt-21m": Shape(6, 512, 8, 2048, 128),  # ours: large enough to quantise, small enough for eight local processes
     "tiny": Shape(2, 64, 4, 257, 32),
 }
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import itertools
+import json
 import multiprocessing
 import shutil
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from zcompile import kernel_bench
 from zcompile.kernels import cpu, reference
 from zcompile.kernels.code import Code
 from zcompile.kernels.geometry import Geometry, Piece
@@ -72,20 +77,6 @@ def same(ours: Tensor, theirs: Tensor) -> None:
     assert not len(wrong), f"{len(wrong)} of {ours.numel()} differ, the first at {wrong[0].tolist()}"
 
 
-def same_message(ours: Tensor, theirs: Tensor, geometry: Geometry, code: Code) -> None:
-    """Byte for byte. Which NaN torch makes of a NaN scale depends on the machine; ours is the one that the format names."""
-    theirs = theirs.clone().view(geometry.rows, -1)
-    for piece, at in zip(geometry.pieces, geometry.records(code), strict=False):
-        begin = at + code.code_bytes(piece.n)
-        scales = theirs[:, begin : begin + code.scale_bytes(piece.n)].contiguous()
-        wide, bits, nan = (
-            (torch.float32, torch.int32, 0x7FC00000) if code.scale == "fp32" else (torch.bfloat16, torch.int16, 0x7FC0)
-        )
-        scales.view(bits)[scales.view(wide).isnan()] = nan
-        theirs[:, begin : begin + scales.shape[1]] = scales
-    same(ours, theirs.view(-1))
-
-
 def values(size: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers whose magnitude changes from place to place."""
     generator = torch.Generator().manual_seed(seed)
@@ -121,32 +112,28 @@ def special_blocks(block: int) -> Tensor:
     return torch.stack([*rows, both])
 
 
-def outputs(x: Tensor, code: Code, geometry: Geometry, module: Any) -> Iterator[tuple[Tensor, Code | None]]:
-    """What a module makes of one flat tensor, by all of its functions; with the code of what is a message."""
+def outputs(x: Tensor, code: Code, geometry: Geometry, module: Any) -> Iterator[Tensor]:
+    """What a module makes of one flat tensor, by all of its functions."""
     message = reference.quantize([x], geometry, code)
-    yield module.quantize([x], geometry, code), code
+    yield module.quantize([x], geometry, code)
     mains = [values(geometry.rows * piece.n, 7) for piece in geometry.pieces]
     for parts in (1, 5):  # the first as it is; the others as a broken sender would send them
         several = torch.cat([message, *(message.roll(7 * part) for part in range(1, parts))])
-        yield module.reduce(several, parts, (), geometry, code), None
-        yield module.reduce(several, parts, mains, geometry, code), None
-        yield module.requantize(several, parts, geometry, code, code), code
+        yield module.reduce(several, parts, (), geometry, code)
+        yield module.reduce(several, parts, mains, geometry, code)
+        yield module.requantize(several, parts, geometry, code, code)
     for dtype in DTYPES:
         for broken in (0, 3):
-            yield module.dequantize(message.roll(broken), geometry, code, dtype), None
+            yield module.dequantize(message.roll(broken), geometry, code, dtype)
             image = values(geometry.size, 11, dtype)
             module.apply_delta(image, message.roll(broken), geometry, code)
-            yield image, None
-        yield module.quantize_delta(x.float(), image, geometry, code), code
+            yield image
+        yield module.quantize_delta(x.float(), image, geometry, code)
 
 
-def compare(x: Tensor, code: Code, geometry: Geometry, same_message: Callable[..., None] = same_message) -> None:
-    both = (outputs(x, code, geometry, module) for module in (cpu, reference))
-    for (ours, coded), (theirs, _) in zip(*both, strict=True):
-        if coded:
-            same_message(ours, theirs, geometry, coded)
-        else:
-            same(ours, theirs)
+def compare(x: Tensor, code: Code, geometry: Geometry) -> None:
+    for ours, theirs in zip(*(outputs(x, code, geometry, module) for module in (cpu, reference)), strict=True):
+        same(ours, theirs)
 
 
 @pytest.mark.parametrize("code", INTEGER, ids=lambda code: code.text)
@@ -250,6 +237,16 @@ def test_f20_zeros_subnormals_and_the_largest_numbers_stay_finite(kind: str) -> 
             assert torch.equal(y[:3].view(torch.int32), torch.zeros(3, 256, dtype=torch.int32))  # +0.0, also for -0.0
             assert torch.equal(y[4] != 0, x[4] != 0)
             assert (y[3] / x[3] - 1).abs().max() < (0.01 if code.rounding == "nearest" else 0.15)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a bf16 scale that was rounded up: top * scale is beyond the largest bf16 number"
+)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_f20_the_largest_bf16_number_comes_back_finite_as_bf16(kind: str) -> None:
+    code, geometry = Code(kind), Geometry.of_rows(1, (256,))
+    x = torch.full((256,), torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    assert cpu.dequantize(cpu.quantize([x], geometry, code), geometry, code, torch.bfloat16).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -478,7 +475,7 @@ def test_without_a_compiler_the_reference_works_and_one_warning_says_so(
     for code in (Code("int8", 32), Code("int4", 64, "fp32", "stochastic")):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            compare(x, code, geometry, lambda ours, theirs, *_: same(ours, theirs))
+            compare(x, code, geometry)
         if code.kind == "int8":
             assert [w.category for w in caught] == [RuntimeWarning]
             with pytest.warns(RuntimeWarning, match=said):
@@ -574,7 +571,6 @@ def test_processes_that_start_together_build_once(
 def test_a_build_that_never_ends_is_not_waited_for(
     unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fcntl = pytest.importorskip("fcntl")
     built = tmp_path / "built.so"
     shutil.copy(cpu.SOURCE, built)
     text = f'case "$*" in *--version*) exit 0;; esac\nfor last; do :; done; cp {built} "$last"'
@@ -585,3 +581,38 @@ def test_a_build_that_never_ends_is_not_waited_for(
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert cpu.build().exists()
+
+
+# ---- the benchmark
+
+
+def test_the_benchmark_measures_each_way_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    kernel_bench.add_arguments(parser)
+    file = tmp_path / "found.json"
+    options = ["--elements", "8192", "--repeats", "2", "--no-inductor", "--json", str(file)]
+    assert kernel_bench.command(parser.parse_args(options)) == 0
+    found = json.loads(file.read_text())
+    assert found["cpu"]["compiled"] and found["cpu"]["call_microseconds"] > 0
+    rows = found["cpu"]["results"]
+    assert len(rows) == 2 * 7 and {row["code"].split("/")[0] for row in rows} == {"int8", "int4"}
+    for row in rows:
+        assert set(row["ways"]) == {"copy", "clone", "zcompile", "eager"}
+        assert row["ways"]["copy"]["of_copy"] == {"min": 1.0, "median": 1.0, "max": 1.0, "best_of_both": 1.0}
+        for way in row["ways"].values():
+            assert 0 < way["gb_per_s"]["min"] <= way["gb_per_s"]["median"] <= way["gb_per_s"]["max"]
+    said = capsys.readouterr().out
+    assert "gathered layer" in said and ("GPU: skipped" in said or found["gpu"]["results"])
+    assert kernel_bench.command(parser.parse_args(["--elements", "100"])) == 2
+    assert "--elements 100: valid: multiples of 256" in capsys.readouterr().out
+
+
+def test_the_benchmark_fails_on_a_kernel_that_differs() -> None:
+    broken = types.SimpleNamespace(**{name: getattr(cpu, name) for name in ("quantize", "reduce", "requantize")})
+    broken.quantize_delta, broken.apply_delta = cpu.quantize_delta, cpu.apply_delta
+    broken.dequantize = lambda *arguments: cpu.dequantize(*arguments) + 1
+    device = torch.device("cpu")
+    listed = kernel_bench.operations("int4", 512, device, broken, inductor=False)  # type: ignore[arg-type]
+    assert [operation.name for operation in listed if not operation.check()] == ["dequantise"]
+    with pytest.raises(RuntimeError, match="dequantise, int4/256/bf16/nearest: the kernels and the reference differ"):
+        kernel_bench.measure(listed[1], 1, device)

@@ -227,8 +227,6 @@ def test_presets_are_the_placements_of_the_design() -> None:
         (lambda: Plan(full_refresh_every=-1), "full_refresh_every=-1"),
         (lambda: Plan(error_feedback=1), "error_feedback=1: must be None, or a number from 0"),
         (lambda: Plan(error_feedback=True), "error_feedback=True"),
-        (lambda: Plan(peer_gather="pair"), "peer_gather='pair': must be a sequence"),
-        (lambda: Plan(peer_gather=("cluster",)), "peer_gather names 'cluster': memory can be read over pair, node"),
         (lambda: Plan(weights="site"), "weights='site': state is not sharded over sites"),
         (lambda: Plan(optimizer=None), "optimizer=None: must be a placement, one of whole, pair, .*world"),  # type: ignore[arg-type]
         (lambda: Plan(weights="node", gradients="pair"), "weights='node' is wider than gradients='pair'.*whole < pair"),
@@ -352,7 +350,6 @@ def test_key_changes_with_every_field() -> None:
         "back": {"pair": "fp32"},
         "full_refresh_every": 3,
         "error_feedback": 0.5,
-        "peer_gather": ("pair",),
         "rules": (Rule(),),
         "bucket_bytes": 1,
         "name": "other",

@@ -1,0 +1,60 @@
+"""Compiles the call of a catalogue case for an architecture and executes its text in the interpreter of `amdgcn`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from amdgcn.launch import launch
+from torch import Tensor
+
+from zcompile.kernels.aot import Compiled, compile_kernel
+from zcompile.kernels.calls import Call
+from zcompile.kernels.catalogue import Case
+
+AMD = ("gfx90a", "gfx942", "gfx950")
+
+
+def compiled(call: Call, arch: str, *, small: bool = True) -> Compiled:
+    """As `gpu.run` would have it compiled. small: for tensors below 2 GB."""
+    return compile_kernel(
+        call.kernel, call.signature, call.all_constants, arch, warps=call.warps, small_pointers=small, stages=1
+    )
+
+
+def arguments(case: Case) -> list[Any]:
+    """The arguments that are passed, in order; for a table of addresses the tensors, to which the launch gives addresses."""
+    return [case.tables.get(name, value) for name, value in case.call.arguments.items() if value is not None]
+
+
+def execute(case: Case, arch: str, *, small: bool = True, seed: int = 0) -> str:
+    """Runs a case; what differs from the reference, "" if nothing does."""
+    launch(compiled(case.call, arch, small=small), case.call.grid, arguments(case), seed=seed)
+    return case.wrong()
+
+
+def execute_far(case: Case, arch: str, distance: int) -> str:
+    """Runs a case as if everything lay `distance` bytes into its tensors, a multiple of 64: offsets of more than 32 bits.
+
+    The pointers that are passed lie that far before the buffers, the table says so much more.
+    """
+    call = case.call
+    width = {name: value.element_size() for name, value in call.arguments.items() if isinstance(value, Tensor)}
+    tiles: Mapping[str, Tensor] = {
+        name: value.clone() for name, value in call.arguments.items() if isinstance(value, Tensor) and "tiles" in name
+    }
+    far = [name for name in call.arguments if name in ("source", "image", "message", "out") and name in width]
+    plain = {width[name] for name in far if width[name] > 1}
+    assert len(plain) <= 1, "one table, one unit"
+    for table in tiles.values():
+        table[:, 2] += distance // max(plain, default=1)
+        table[:, 4:6] += distance
+    places = {name: (index + 1 << 36) + 256 for index, name in enumerate(far)}
+    passed = [
+        tiles.get(name, places[name] - distance if name in places else value)
+        for name, value in call.arguments.items()
+        if value is not None
+    ]
+    extra = {name: call.arguments[name] for name in far}
+    launch(compiled(call, arch, small=False), call.grid, passed, addresses=places, extra=extra)
+    return case.wrong()

@@ -1,0 +1,368 @@
+"""`zcompile kernel-bench`: the quantisers against a copy of the same values, eager torch and Inductor, measured in turn in one run.
+
+GB/s are bytes of the plain side (bf16 where a value is quantised or comes back, fp32 where it is a sum) per second, whatever else is
+read and written; the ratio is that to a copy of those bytes in the same repeat. On a GPU the same with the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from zcompile.cli import write_json
+from zcompile.kernels import cpu, reference
+from zcompile.kernels.code import Code
+from zcompile.kernels.geometry import Geometry, Piece
+
+PARTS = 4
+"""Messages in a sum."""
+IN_CACHE, IN_MEMORY = 1 << 19, 1 << 24
+"""Elements. What is in cache is compared by the best repeat: memory of a shared machine is too noisy for that."""
+GPU_BYTES = 256 << 20
+"""Bytes of the plain side of a bucket on a GPU."""
+BLOCK = 256
+
+
+@dataclass
+class Operation:
+    """One thing to measure, and the ways to do it.
+
+    Attributes:
+        size: bytes of the plain side.
+        ways: name -> call; "copy" copies the plain side into memory that is there already, "clone" into new memory, as the others do.
+        check: False if the ways do not give the same values.
+    """
+
+    name: str
+    code: Code
+    elements: int
+    size: int
+    ways: dict[str, Callable[[], Any]]
+    check: Callable[[], bool]
+
+
+def operations(
+    kind: str, elements: int, device: torch.device, kernels: ModuleType, inductor: bool = True
+) -> list[Operation]:
+    """The operations of one kind of code on one flat bucket.
+
+    Args:
+        kernels: a module with the functions of `reference`: `kernels.cpu` or `kernels.gpu`.
+        inductor: also torch.compile of the same arithmetic, without what the format asks for besides (records, padding).
+    """
+    code = Code(kind, BLOCK)
+    geometry = Geometry.of_rows(1, (elements,))
+    generator = torch.Generator(device).manual_seed(1)
+    wide = torch.randn(elements, generator=generator, device=device)
+    x, image = wide.bfloat16(), (wide + 0.01 * torch.randn(elements, generator=generator, device=device)).bfloat16()
+    message = reference.quantize([x], geometry, code)
+    several = torch.cat([reference.quantize([x * (part + 1)], geometry, code) for part in range(PARTS)])
+    delta = reference.quantize_delta(wide, image, geometry, code)
+    target = image.clone()
+
+    def record(raw: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, scales) of a message of one record."""
+        end = code.code_bytes(elements)
+        scales = raw[end : end + code.scale_bytes(elements)].clone().view(torch.bfloat16)
+        return raw[:end].clone().view(elements // BLOCK, -1), scales
+
+    codes, scales = record(message)
+    parts = [record(part) for part in several.view(PARTS, -1)]
+    many_codes, many_scales = torch.stack([c for c, _ in parts]), torch.stack([s for _, s in parts])
+    delta_codes, delta_scales = record(delta)
+
+    def encode(values: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.encode(values.view(-1, BLOCK), code)
+
+    def total(codes: Tensor, scales: Tensor) -> Tensor:
+        found = reference.decode(codes[0], scales[0], code)
+        for part in range(1, PARTS):
+            found = found + reference.decode(codes[part], scales[part], code)
+        return found
+
+    # name, plain values, (a function of torch, its arguments), the same by a module of kernels
+    listed: list[tuple[str, Tensor, tuple[Callable[..., Any], tuple[Tensor, ...]], Callable[[Any], Any]]] = [
+        ("quantise", x, (encode, (x,)), lambda m: m.quantize([x], geometry, code)),
+        (
+            "dequantise", x, (lambda c, s: reference.decode(c, s, code).bfloat16(), (codes, scales)),
+            lambda m: m.dequantize(message, geometry, code, torch.bfloat16),
+        ),
+        (f"sum of {PARTS}", wide, (total, (many_codes, many_scales)), lambda m: m.reduce(several, PARTS, (), geometry, code)),
+        (
+            f"sum of {PARTS}, quantised", wide, (lambda c, s: encode(total(c, s)), (many_codes, many_scales)),
+            lambda m: m.requantize(several, PARTS, geometry, code, code),
+        ),
+        (
+            "quantise delta", wide, (lambda a, b: encode(a - b.float()), (wide, image)),
+            lambda m: m.quantize_delta(wide, image, geometry, code),
+        ),
+        (
+            "apply delta", x,
+            (lambda i, c, s: (i.float() + reference.decode(c, s, code).view(-1)).bfloat16(), (image, delta_codes, delta_scales)),
+            lambda m: m.apply_delta(target, delta, geometry, code),
+        ),
+    ]  # fmt: skip
+    found = []
+    for name, plain, (function, arguments), call in listed:
+        copy = torch.empty_like(plain)
+        ways: dict[str, Callable[[], Any]] = {
+            "copy": _bound(copy.copy_, plain),
+            "clone": plain.clone,
+            "zcompile": _bound(call, kernels),
+            "eager": _bound(call, reference),
+        }
+        if inductor:
+            ways["inductor"] = _bound(torch.compile(function, dynamic=False, fullgraph=True), *arguments)
+        found.append(Operation(name, code, elements, plain.nbytes, ways, _equal(call, kernels, target, image)))
+    return found
+
+
+def layer(kind: str, hidden: int, device: torch.device, kernels: ModuleType, rows: int = 8) -> Operation:
+    """The unpack of a gather: the parameters of a decoder layer, whole, from the shards of `rows` ranks.
+
+    Unfused, torch decodes the records one by one and copies each row to its place.
+    """
+    code = Code(kind, BLOCK)
+    sizes = (
+        hidden,
+        hidden,
+        3 * hidden * hidden,
+        hidden * hidden,
+        4 * hidden * hidden,
+        4 * hidden,
+        4 * hidden * hidden,
+        hidden,
+    )
+    pieces = []
+    for numel in sizes:
+        n = -(-numel // (rows * BLOCK)) * BLOCK
+        pieces.append(Piece(n, numel, tuple((r * n, min(max(numel - r * n, 0), n)) for r in range(rows))))
+    geometry = Geometry(rows, tuple(pieces), False)
+    xs = [torch.randn(numel, device=device).bfloat16() for numel in sizes]
+    message = kernels.quantize(xs, geometry, code)
+    plain = torch.cat(xs)
+    copy = torch.empty_like(plain)
+
+    def call(module: ModuleType) -> Tensor:
+        found: Tensor = module.dequantize(message, geometry, code, torch.bfloat16)
+        return found
+
+    def check() -> bool:
+        ours, theirs = call(kernels), call(reference)
+        places = zip(geometry.starts, sizes, strict=False)
+        return all(torch.equal(ours[at : at + numel], theirs[at : at + numel]) for at, numel in places)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "copy": _bound(copy.copy_, plain),
+        "clone": plain.clone,
+        "zcompile": _bound(call, kernels),
+        "eager": _bound(call, reference),
+    }
+    return Operation("gathered layer", code, sum(sizes), plain.nbytes, ways, check)
+
+
+def _bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    return lambda: function(*arguments)
+
+
+def _equal(call: Callable[[Any], Any], kernels: ModuleType, target: Tensor, image: Tensor) -> Callable[[], bool]:
+    """Do the kernels and the reference give the same? What is done in place is done to `target`, from `image`."""
+
+    def result(module: ModuleType) -> Tensor:
+        target.copy_(image)
+        found = call(module)
+        return target.clone() if found is None else found
+
+    return lambda: torch.equal(result(kernels), result(reference))
+
+
+def measure(operation: Operation, repeats: int, device: torch.device) -> dict[str, Any]:
+    """All ways of an operation in turn, `repeats` times over, after one turn that is not counted.
+
+    What fits in a cache is to lie there whoever came before: a turn is then the fastest of three calls, after one more.
+
+    Raises:
+        RuntimeError: the kernels and the reference differ.
+    """
+    if not operation.check():
+        raise RuntimeError(f"{operation.name}, {operation.code.text}: the kernels and the reference differ")
+    clock = _device_clock if device.type == "cuda" else _clock
+    cached = device.type == "cpu" and operation.elements <= IN_CACHE
+    turns: dict[str, list[float]] = {name: [] for name in operation.ways}
+    for turn in range(repeats + 1):
+        for name, way in operation.ways.items():
+            seconds = min([clock(way) for _ in range(4)][1:]) if cached else clock(way)
+            if turn:
+                turns[name].append(seconds)
+    copies, found = turns["copy"], {}
+    for name, taken in turns.items():
+        rates = [operation.size / seconds / 1e9 for seconds in taken]
+        ratios = [copy / seconds for copy, seconds in zip(copies, taken, strict=True)]
+        found[name] = {
+            "gb_per_s": _spread(rates),
+            "of_copy": _spread(ratios) | {"best_of_both": min(copies) / min(taken)},
+        }
+    return {
+        "operation": operation.name, "code": operation.code.text, "elements": operation.elements, "plain_bytes": operation.size,
+        "repeats": repeats, "ways": found,
+    }  # fmt: skip
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def _clock(way: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    way()
+    return time.perf_counter() - begin
+
+
+def _device_clock(way: Callable[[], Any]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    way()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def call_overhead(calls: int = 1000) -> float:
+    """Microseconds of one call of the C++ kernels on a bucket of one block, the fastest of some hundreds."""
+    geometry, code, x = Geometry.of_rows(1, (BLOCK,)), Code("int8", BLOCK), torch.ones(BLOCK)
+    return min(_clock(lambda: cpu.quantize([x], geometry, code)) for _ in range(calls)) * 1e6
+
+
+def bench(
+    kinds: Sequence[str] = ("int8", "int4"),
+    elements: Sequence[int] = (IN_CACHE, IN_MEMORY),
+    repeats: int = 40,
+    inductor: bool = True,
+    done: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Everything that this machine can run. `done` gets each result as it comes.
+
+    Returns:
+        cpu: results, and what the C++ kernels are (`compiled`, False if the reference stands in for them); gpu: results, or why not.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"cpu": {"compiled": cpu.available(), "call_microseconds": call_overhead(), "results": []}}
+    try:
+        device = torch.device("cpu")
+        for size in elements:
+            few = repeats if size <= IN_CACHE else max(repeats // 8, 3)
+            for kind in kinds:
+                found["cpu"]["results"] += _measured(operations(kind, size, device, cpu, inductor), few, device, done)
+        for kind in kinds:
+            found["cpu"]["results"] += _measured([layer(kind, 512, device, cpu)], max(repeats // 4, 3), device, done)
+    finally:
+        torch.set_num_threads(threads)
+    found["gpu"] = _gpu(kinds, repeats, inductor, done)
+    return found
+
+
+def _measured(
+    listed: Sequence[Operation], repeats: int, device: torch.device, done: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    found = []
+    for operation in listed:
+        found.append({"device": device.type, **measure(operation, repeats, device)})
+        done(found[-1])
+    torch.compiler.reset()  # the next size is another graph, not a dynamic shape
+    return found
+
+
+def _gpu(kinds: Sequence[str], repeats: int, inductor: bool, done: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"skipped": "no CUDA or HIP device"}
+    from zcompile.kernels import gpu
+
+    device, results = torch.device("cuda"), []
+    for kind in kinds:
+        listed = [*operations(kind, GPU_BYTES // 2, device, gpu, inductor), layer(kind, 4096, device, gpu)]
+        results += _measured(listed, repeats, device, done)
+        del listed
+        torch.cuda.empty_cache()
+    return {"name": torch.cuda.get_device_name(device), "results": results}
+
+
+def table(results: Sequence[dict[str, Any]], title: str) -> Table:
+    """For people: one row per operation, a column per way: GB/s, the median of all repeats, and the best over the best copy."""
+    ways = list(dict.fromkeys(name for result in results for name in result["ways"]))
+    out = Table(
+        "operation", "format", "elements", *ways, box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left"
+    )
+    for result in results:
+        cells = []
+        for name in ways:
+            if name not in result["ways"]:
+                cells.append("-")
+                continue
+            rate, ratio = result["ways"][name]["gb_per_s"], result["ways"][name]["of_copy"]["best_of_both"]
+            text = f"{rate['median']:.1f} ({rate['min']:.1f}-{rate['max']:.1f})"
+            cells.append(text if name == "copy" else f"{text} {ratio:.2f}x")
+        out.add_row(result["operation"], result["code"].removesuffix("/nearest"), f"{result['elements']:,}", *cells)
+    return out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kinds", nargs="+", default=["int8", "int4"], choices=["int8", "int4"], help="(default: both)"
+    )
+    parser.add_argument("--elements", nargs="+", type=int, default=[IN_CACHE, IN_MEMORY], metavar="N",
+                        help=f"sizes of a bucket on the CPU, multiples of {BLOCK} (default: {IN_CACHE} {IN_MEMORY})")  # fmt: skip
+    parser.add_argument(
+        "--repeats", type=int, default=40, help="turns of all ways; fewer beyond the cache (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--no-inductor", dest="inductor", action="store_false", help="without torch.compile, which takes minutes"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the result there as JSON; - for standard output")
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """0: measured; 1: kernels and reference differ; 2: an argument is wrong."""
+    console = Console(stderr=arguments.json == "-", soft_wrap=True)
+    wrong = [size for size in arguments.elements if size < BLOCK or size % BLOCK]
+    if wrong or arguments.repeats < 1:
+        why = (
+            f"--elements {wrong[0]}: valid: multiples of {BLOCK}"
+            if wrong
+            else f"--repeats {arguments.repeats}: valid: 1 or more"
+        )
+        console.print(f"zcompile kernel-bench: {why}", style="red", markup=False)
+        return 2
+
+    def done(result: dict[str, Any]) -> None:
+        rate = result["ways"]["zcompile"]["gb_per_s"]["median"]
+        console.print(
+            f"{result['device']} {result['code']} {result['operation']}: {rate:.1f} GB/s", style="dim", markup=False
+        )
+
+    try:
+        found = bench(arguments.kinds, arguments.elements, arguments.repeats, arguments.inductor, done)
+    except RuntimeError as error:
+        console.print(f"zcompile kernel-bench: {error}", style="red", markup=False)
+        return 1
+    note = "GB/s of the plain side: median (slowest-fastest), and the fastest as a part of the fastest copy"
+    compiled = "C++" if found["cpu"]["compiled"] else "the torch reference, as the C++ kernels could not be built"
+    console.print(table(found["cpu"]["results"], f"CPU, one thread, zcompile = {compiled}. {note}"))
+    console.print(f"one call on one block: {found['cpu']['call_microseconds']:.1f} us")
+    if "skipped" in found["gpu"]:
+        console.print(f"GPU: skipped, {found['gpu']['skipped']}")
+    else:
+        console.print(table(found["gpu"]["results"], f"{found['gpu']['name']}. {note}"))
+    write_json(found, arguments.json)
+    return 0
