@@ -17,17 +17,21 @@ export TORCH_EXTENSIONS_DIR := $(CACHE)/torch_extensions
 export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
 export HF_HOME := $(CACHE)/huggingface
 
-.PHONY: train test test-quick lint clean help
+.PHONY: train convergence test test-quick lint clean help
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train       train examples/train_gpt.py on 8 local processes (ARGS='--steps 40' passes options on)"
+	@echo "make convergence training with quantised formats beside native ones, seed by seed (ARGS='--steps 40'); hours on two cores"
 	@echo "make test        every test;  make test-quick: all but the slow ones (ARGS='tests/unit -k plan')"
 	@echo "make lint        ruff and mypy"
 	@echo "make clean       remove .venv, build/ and what Python leaves behind"
 
 train: $(VENV)/.installed
 	$(BIN)/torchrun --standalone --nproc-per-node 8 examples/train_gpt.py --topology 2x2x2 --plan zero_topo $(ARGS)
+
+convergence: $(VENV)/.installed
+	$(BIN)/python examples/convergence.py $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "" $(ARGS)

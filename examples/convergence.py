@@ -94,7 +94,7 @@ def train(rank: int, arguments: argparse.Namespace, name: str) -> list[dict[str,
         losses = torch.zeros(steps)
         for step in range(steps):
             losses[step] = run.train_step()
-            if rank == 0 and ((step + 1) % max(1, steps // 5) == 0 or step == 0):
+            if rank == 0 and (step + 1) % max(1, steps // 5) == 0:
                 seconds = time.perf_counter() - begin
                 text = f"step {step + 1} of {steps}, loss {losses[step]:.3f} on rank 0, {seconds:.0f} s"
                 print(f"{name}, seed {seed}: {text}", flush=True)
@@ -193,40 +193,45 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     """0: all plans ran; 1: one did not; 2: bad arguments."""
-    arguments, console = parse(), Console()
+    arguments = parse()
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)  # a file takes the table as it is
     try:
         shape_of(arguments)
     except ValueError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/red] {error}", soft_wrap=True)
         return 2
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ranks are processes of this machine's CPUs, also where it has a GPU
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "markdown")}
     begin, found = time.perf_counter(), {}
+    timeout = (
+        1200.0 + 60.0 * arguments.seeds * arguments.steps * arguments.accumulate
+    )  # for runs that hang, not slow ones
     pool = Pool(RANKS)
-    # A run that hangs should end some day; a slow one should not be cut off.
-    timeout = 1200.0 + 60.0 * arguments.seeds * arguments.steps * arguments.accumulate
     try:
         for name in arguments.plans:
             found[name] = pool.run(train, arguments, name, timeout=timeout)[0]
+            result = report(settings, found, time.perf_counter() - begin)
+            for path, text in (
+                (arguments.json, json.dumps(result, indent=1)),
+                (arguments.markdown, markdown(*rows(result))),
+            ):
+                if path is not None:  # after each plan: hours of work are not lost with the last one
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(text.rstrip() + "\n")
     except RanksFailed as error:
-        console.print(f"[red]error:[/red] plan {name}", highlight=False)
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/red] plan {name}:")
+        console.print(str(error), markup=False, soft_wrap=True)
         return 1
     finally:
         pool.close()
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "markdown")}
-    result = report(settings, found, time.perf_counter() - begin)
     headings, texts = rows(result)
-    title = f"{arguments.seeds} seeds of {arguments.steps} steps, {result['seconds']:.0f} s; differences: mean (min .. max)"
+    title = f"{arguments.seeds} x {arguments.steps} steps, {result['seconds']:.0f} s; differences: mean (least .. most)"
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")
     for row in texts:
         table.add_row(*row)
     console.print(table)
-    for path, text in ((arguments.json, json.dumps(result, indent=1)), (arguments.markdown, markdown(headings, texts))):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text.rstrip() + "\n")
     return 0
 
 

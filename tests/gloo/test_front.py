@@ -188,10 +188,9 @@ def test_f29_bad_settings_are_refused_before_anything_starts(settings: dict[str,
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("preset", ["auto", "paper"])
-def test_f29_what_this_version_cannot_honour_is_refused(preset: str) -> None:
-    with pytest.raises(ValueError, match=preset):
-        Plan(wire="paper") if preset == "paper" else Plan.preset("auto")  # type: ignore[call-arg]
+def test_f29_what_this_version_cannot_honour_is_refused() -> None:
+    with pytest.raises(ValueError, match="auto"):
+        Plan.preset("auto")
 
 
 def _different(rank: int, case: str) -> str:

@@ -15,7 +15,7 @@ from support.spawn import Pool, RanksFailed
 
 from zcompile import backend, full_state_dict, hierarchical_zero, passes, transfers
 from zcompile.debug import text
-from zcompile.passes.nodes import GATHER, find
+from zcompile.passes.nodes import GATHER, find, spec_of
 from zcompile.refresh import Refresher
 
 Ranks = Callable[[int], Pool]
@@ -94,7 +94,7 @@ def swap(gm: Any, context: Any) -> None:
     for node in find(gm.graph, GATHER):
         gathers.setdefault(node.meta["zc_bucket"], []).append(node)
     if context.stage == "forward":
-        groups = [group for group in gathers.values() if len(group) == 2 and "up.weight" in str(group[0].args[3])]
+        groups = [group for group in gathers.values() if len(group) == 2 and "up.weight" in spec_of(group[0]).name]
         (anchor, *_), later = groups
         for node in later:
             anchor.prepend(node)
@@ -157,15 +157,13 @@ def test_a_rank_with_another_sequence_length_compiles_again_and_trains_on(ranks:
 
 def mutated(rank: int, fault: str) -> float:
     """The largest difference to the dense model after 3 steps, with one mechanism taken out on all ranks."""
-    hop, launch = transfers._reduce_hop, Refresher.launch
+    send, launch = transfers._all_to_all, Refresher.launch
     lowered = passes.LOWERED[:-1]  # verify would refuse a dropped reduction before it runs
 
-    def keep_own(x: Any, wire: str, spec: Any, level: int, transfer: str) -> Any:
-        if level != 2 or spec.sizes[1] == 1 or x.numel() == 0:
-            return hop(x, wire, spec, level, transfer)
-        return x.view(spec.sizes[1], -1)[0].to(torch.float32) * spec.sizes[1]
+    def keep_own(x: Any, size: int, role: str) -> Any:
+        return x.view(size, -1)[0].repeat(size) if ".cluster." in role else send(x, size, role)
 
-    def forget(self: Any, units: Any) -> None:
+    def forget(self: Any, units: Any, full: Any = ()) -> None:
         units = list(units)
         if all(unit.seen == -1 for unit in units):
             launch(self, units)  # the first one, or there would be no weights at all
@@ -174,7 +172,7 @@ def mutated(rank: int, fault: str) -> float:
 
     owner, name, value = {
         "nothing": (passes, "LOWERED", passes.LOWERED),
-        "a reduction over the slow level": (transfers, "_reduce_hop", keep_own),
+        "a reduction over the slow level": (transfers, "_all_to_all", keep_own),
         "refreshes after the first": (Refresher, "launch", forget),
     }[fault]
     from zcompile.passes import lower
@@ -196,16 +194,16 @@ def test_invariant_12_a_dropped_reduction_and_a_skipped_refresh_show_in_the_weig
 
 
 def dropped_and_verified(rank: int) -> None:
-    hop = transfers._reduce_hop
+    send = transfers._all_to_all
 
-    def drop(x: Any, wire: str, spec: Any, level: int, transfer: str) -> Any:
-        return hop(x, wire, spec, level, transfer) if level == 1 else x.view(spec.sizes[1], -1)[0].to(torch.float32)
+    def drop(x: Any, size: int, role: str) -> Any:
+        return x.view(size, -1)[0].repeat(size) if ".cluster." in role else send(x, size, role)
 
     from zcompile.passes import lower
 
     lower._TEMPLATES.clear()
     try:
-        with replaced(transfers, "_reduce_hop", drop):
+        with replaced(transfers, "_all_to_all", drop):
             model, dense = wrapped()
             train(model, dense, rank, 1)
     finally:

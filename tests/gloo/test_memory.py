@@ -33,7 +33,7 @@ def state_bytes(rank: int, plan: str, topology: str, dtype: torch.dtype | None) 
     optimizer.step()
     local = [t.to_local() for s in optimizer.state.values() for t in s.values() if t.dim()]
     rows = sum(slot.spec.layout.local_rows(engine.coordinates)[1] * slot.spec.layout.row for slot in engine.slots)
-    copies = {slot.name: slot.unit.copy.itemsize if slot.unit.cached else 0 for slot in engine.slots}
+    copies = {slot.name: int(slot.unit.cached) for slot in engine.slots}
     want = cost.state_bytes((slot.spec for slot in engine.slots), copies, accumulating=True)
     return {
         "have": have,

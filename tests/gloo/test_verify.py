@@ -197,9 +197,9 @@ def two_divisions() -> Iterator[None]:
 def no_refresh() -> Iterator[None]:
     from zcompile import refresh
 
-    def run_hops(unit: Any) -> None:
+    def run_hops(unit: Any, full: bool = True) -> None:
         if not unit.copy.any():
-            right(unit)
+            right(unit, full)
 
     right = refresh.run_hops
     with mock.patch.object(refresh, "run_hops", run_hops):
@@ -238,14 +238,17 @@ def dropped_collective() -> Iterator[None]:
     """The gather of one parameter does not communicate: every rank makes up the part that is not its own."""
     from zcompile import transfers
 
-    right = transfers._gather_hop
+    right = transfers.gather_hops
 
-    def hop(x: Any, wire: str, spec: Any, level: int, transfer: str) -> Any:
-        if spec.name == "cell.weight" and transfer == "gather":
-            return x.repeat(spec.sizes[level - 1])
-        return right(x, wire, spec, level, transfer)
+    def hops(x: Any, have: Any, hops: Any, specs: Any, transfer: str, rows: int) -> Any:
+        if specs[0].name != "cell.weight" or transfer != "gather":
+            return right(x, have, hops, specs, transfer, rows)
+        for level, _ in hops:
+            size = specs[0].sizes[level - 1]
+            x, rows = x.repeat(size), rows * size
+        return x, have, rows
 
-    with mock.patch.object(transfers, "_gather_hop", hop):
+    with mock.patch.object(transfers, "gather_hops", hops):
         yield
 
 
