@@ -267,7 +267,7 @@ def _skipped(rank: int) -> tuple[str, bool]:
     step(optimizers)
     launch = Refresher.launch
     before = model.zero.runtime.snapshot()
-    with patch.object(Refresher, "launch", lambda self, units: launch(self, list(units)[1:])):
+    with patch.object(Refresher, "launch", lambda self, units, full: launch(self, list(units)[1:], full)):
         try:
             LOSS(model, rank, 1)
         except RuntimeError as error:
