@@ -118,7 +118,7 @@ inline float noise(float x, uint32_t place) {
   return float(int32_t(h >> 8)) * 0x1p-24f;
 }
 
-// One value -> its code plus `zero`, in the low bits of a word. Rounded to nearest, its next eight bits are zeros.
+// One value -> its code plus `zero`, in the low bits of a word; if that is not negative, the eight bits above it are zeros.
 //
 // To nearest, no clamp is needed: the scale's dtype has at least 8 significant bits, so |x| / scale <= top (1 + 2^-8) (1 + 2^-22),
 // which for 127 and for 7 is below top + 1/2.

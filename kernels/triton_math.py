@@ -25,6 +25,7 @@ SMALL = tl.constexpr(struct.unpack("<I", struct.pack("<f", SMALLEST))[0])
 MAGIC = tl.constexpr(12582912.0)
 """1.5 2^23: adding it to a number below 2^22 rounds that to an integer, to nearest even, and leaves the integer's two's complement
 in the low bits. No conversion, so nothing is undefined, and none of libdevice, which the interpreter lacks."""
+MAGIC_BITS = tl.constexpr(0x4B400000)
 TOP_INT8, TOP_INT4 = tl.constexpr(TOP["int8"]), tl.constexpr(TOP["int4"])
 TOP_E4M3FN, TOP_E4M3FNUZ = tl.constexpr(TOP["e4m3fn"]), tl.constexpr(TOP["e4m3fnuz"])
 
@@ -105,16 +106,22 @@ def noise(x, place):
 
 
 @triton.jit
-def rounded(x, scaled, place, offset, KIND: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Scaled values -> integers, uint32 whose low byte is code + offset.
+def rounded(x, scaled, place, OFFSET: tl.constexpr, KIND: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Scaled values -> integers, uint32 whose low byte is code + OFFSET.
 
     To nearest needs no clamp: the bf16 scale may be smaller than amax / top by a factor of 1 - 2^-8, and
-    127 (1 + 2^-8) < 127.5. `offset` is even, so ties go the same way with it.
+    127 (1 + 2^-8) < 127.5. OFFSET is even, so ties go the same way with it.
     """
     if STOCHASTIC:
-        scaled = tl.floor(scaled + noise(x, place))
-        scaled = tl.minimum(tl.maximum(scaled, -top(KIND)), top(KIND))
-    return (scaled + (MAGIC + offset)).to(tl.uint32, bitcast=True)
+        # Down, as to nearest less what that went up: NVIDIA's floor takes a negative subnormal number for zero.
+        y = scaled + noise(x, place)
+        near = y + MAGIC
+        down = near.to(tl.int32, bitcast=True) - (near - MAGIC > y).to(tl.int32)
+        limit: tl.constexpr = int(TOP_INT8) if KIND == "int8" else int(TOP_INT4)
+        down = tl.minimum(tl.maximum(down, MAGIC_BITS - limit), MAGIC_BITS + limit)
+        return (down + int(OFFSET)).to(tl.uint32, bitcast=True)
+    else:
+        return (scaled + (MAGIC + OFFSET)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit

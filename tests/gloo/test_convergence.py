@@ -13,7 +13,7 @@ import pytest
 COMMAND = Path(__file__).parents[2] / "examples" / "convergence.py"
 
 
-def run(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(COMMAND), *arguments], capture_output=True, text=True, timeout=timeout, check=False
     )

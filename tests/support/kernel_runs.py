@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
+import pytest
 from amdgcn.launch import launch
 from torch import Tensor
 
 from zcompile.kernels.aot import Compiled, compile_kernel
 from zcompile.kernels.calls import Call
-from zcompile.kernels.catalogue import Case
+from zcompile.kernels.catalogue import Case, Variant, catalogue
 
 AMD = ("gfx90a", "gfx942", "gfx950")
+_EVERYWHERE = {
+    f"{what} bf16 {kind}" for what in ("quantize", "dequantize") for kind in ("int8", "int4", "e4m3fn", "e4m3fnuz")
+}
+_EVERYWHERE |= {"requantize 8 int4"}
+
+
+def cells(archs: Iterable[str], *, all_of: str = "gfx90a") -> list[Any]:
+    """(variant, arch) of the catalogue, as parameters. The quick suite has all of one architecture, of the others the main ones."""
+    made = []
+    for variant in catalogue():
+        for arch in variant.archs():
+            marks = () if arch == all_of or variant.name in _EVERYWHERE else (pytest.mark.slow,)
+            if arch in archs:
+                made.append(pytest.param(variant, arch, id=f"{variant.name.replace(' ', '-')}-{arch}", marks=marks))
+    return made
+
+
+@cache
+def text_of(variant: Variant, arch: str, small: bool = True) -> tuple[Compiled, Call]:
+    """The compiled text of a variant, and the call that it is for."""
+    call = variant.make(arch).call
+    return compiled(call, arch, small=small), call
 
 
 def compiled(call: Call, arch: str, *, small: bool = True) -> Compiled:

@@ -218,16 +218,19 @@ def test_report_and_its_table(convergence: ModuleType) -> None:
 
 def test_native_is_always_among_the_plans(convergence: ModuleType) -> None:
     assert convergence.parse(["--plans", "paper-delta", "paper"]).plans == ["native", "paper", "paper-delta"]
-    assert convergence.parse([]).plans == list(convergence.PLANS)
+    assert convergence.parse([]).plans == convergence.DEFAULT
     with pytest.raises(SystemExit):
         convergence.parse(["--plans", "papre"])
 
 
 def test_every_plan_of_the_comparison_is_one(convergence: ModuleType) -> None:
-    """The quantised ones quantise all of the example's matrices and leave the rest alone."""
-    for variant in convergence.PLANS.values():
+    """Each quantises the transfers it says of the example's matrices, at every level, and leaves the rest alone."""
+    weights, gradients = {"gather", "refresh"}, {"reduce", "sync"}
+    alone = {"native": set(), "reordered": set(), "gathers": weights, "reductions": gradients}
+    for name, variant in convergence.PLANS.items():
         resolved = variant.plan().resolve(Topology.parse(convergence.TOPOLOGY), "bfloat16")
-        quantized = bool(variant.fields)
         wires = resolved.wires("blocks.0.qkv.weight", (192, 64))
-        assert all(wire.quantized == quantized for wire in (*wires.gather, *wires.reduce, *wires.sync, *wires.refresh))
+        for transfer in weights | gradients:
+            quantized = transfer in alone.get(name, weights | gradients)
+            assert all(wire.quantized == quantized for wire in getattr(wires, transfer)), (name, transfer)
         assert not any(wire.quantized for wire in resolved.wires("embed.weight", (256, 64), kind="embedding").gather)

@@ -6,18 +6,17 @@ Executed by the interpreter of `amdgcn`, which checks every access, on memory fu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from support.kernel_runs import AMD, execute, execute_far
+from amdgcn.launch import launch
+from support.kernel_runs import AMD, cells, compiled, execute, execute_far
 
 from zcompile.kernels.calls import supports
 from zcompile.kernels.catalogue import (
     Case,
     Variant,
     awkward,
-    catalogue,
     delta_case,
     dequantize_case,
     flat,
@@ -30,22 +29,9 @@ from zcompile.kernels.code import Code
 from zcompile.kernels.geometry import Geometry, Piece
 
 BF16, FP32 = torch.bfloat16, torch.float32
-QUICK = ("quantize bf16", "dequantize bf16", "requantize 8", "reduce 8")
-"""What the other architectures run in the quick suite; the slow one runs all."""
 
 
-def _cells() -> list[Any]:
-    cells = []
-    for variant in catalogue():
-        for arch in variant.archs():
-            if arch in AMD:
-                quick = arch == "gfx90a" or variant.name.startswith(QUICK)
-                marks = () if quick else (pytest.mark.slow,)
-                cells.append(pytest.param(variant, arch, id=f"{variant.name.replace(' ', '-')}-{arch}", marks=marks))
-    return cells
-
-
-@pytest.mark.parametrize(("variant", "arch"), _cells())
+@pytest.mark.parametrize(("variant", "arch"), cells(AMD))
 def test_equals_the_reference(variant: Variant, arch: str) -> None:
     assert execute(variant.make(arch, seed=1), arch, seed=1) == ""
 
@@ -102,7 +88,7 @@ def test_tensors_that_begin_anywhere() -> None:
 
 
 @pytest.mark.parametrize("distance", [(1 << 32) - 1024, 5 << 32], ids=["across 4 GiB", "20 GiB"])
-@pytest.mark.parametrize("arch", AMD)
+@pytest.mark.parametrize("arch", ["gfx90a", *(pytest.param(arch, marks=pytest.mark.slow) for arch in AMD[1:])])
 def test_offsets_of_more_than_32_bits(arch: str, distance: int) -> None:
     """Messages and buffers above 4 GiB: what a tile's offset is added to is 64 bits wide, everywhere."""
     rows = flat(256, rows=1)
@@ -118,8 +104,6 @@ def test_offsets_of_more_than_32_bits(arch: str, distance: int) -> None:
 
 def test_a_part_that_is_far_behind_the_first() -> None:
     """The sum over parts of more than 2 GiB each: the step from one to the next is 64 bits wide, unrolled and in the loop."""
-    from amdgcn.launch import launch
-    from support.kernel_runs import compiled
 
     step, rows, code = 3 << 30, flat(256, rows=1), Code("int8")
     for parts in (3, 17):
