@@ -202,7 +202,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """0: all plans ran; 1: one did not; 2: bad arguments."""
     arguments = parse()
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)  # a file takes the table as it is
+    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)  # a file takes the table as it is
     try:
         shape_of(arguments)
     except ValueError as error:

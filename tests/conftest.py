@@ -6,11 +6,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from support.spawn import Pool
+
+# How long an example takes says something of the machine, which others may use too, and nothing of the code.
+hypothesis.settings.register_profile("zcompile", deadline=None)
+hypothesis.settings.load_profile("zcompile")
 
 
 @pytest.fixture(scope="session")

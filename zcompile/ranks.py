@@ -182,7 +182,7 @@ def _serve(pipe: Connection, rank: int, world: int, port: int, backend: str | No
 
 def _function(module: str, path: str, name: str) -> Callable[..., Any]:
     """The function; a module that cannot be imported (a test file) is loaded by path, under the name it has in the caller."""
-    if module.startswith("zcompile."):
+    if module not in sys.modules and _importable(module, path):
         importlib.import_module(module)
     if module not in sys.modules:
         spec = importlib.util.spec_from_file_location(module, path)
@@ -192,8 +192,21 @@ def _function(module: str, path: str, name: str) -> Callable[..., Any]:
         for end in range(1, len(parts)):  # unpickling what the module defines imports its parents by name
             parent = ".".join(parts[:end])
             sys.modules.setdefault(parent, types.ModuleType(parent))
-        spec.loader.exec_module(loaded)
+        try:
+            spec.loader.exec_module(loaded)
+        except BaseException:
+            del sys.modules[module]  # half of it would answer the next call
+            raise
     function: Any = sys.modules[module]
     for part in name.split("."):
         function = getattr(function, part)
     return function  # type: ignore[no-any-return]
+
+
+def _importable(module: str, path: str) -> bool:
+    """Whether importing `module` by its name gives the file at `path`: then its package is a real one, with the siblings it imports."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return False
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == Path(path).resolve()
