@@ -90,7 +90,7 @@ def test_invariant_5_a_warm_cache_equals_a_cold_one(cold: dict[str, Any], cache:
     for part in ("ledger", "lists", "dump", "sources", "checked"):
         assert warm[part] == cold[part], part
     assert [len(entries) for entries in cold["lists"]] == [3, 12]
-    assert len(cold["dump"]) == 16
+    assert len(cold["dump"]) == 18
 
 
 OTHER: dict[str, Any] = {
@@ -102,6 +102,8 @@ OTHER: dict[str, Any] = {
     "sync": Plan(sync="bf16"),
     "refresh": Plan(refresh="bf16"),
     "back": Plan(back="bf16"),
+    "full_refresh_every": Plan(full_refresh_every=3),
+    "error_feedback": Plan(error_feedback=0.5),
     "rules": Plan(rules=(Rule("*", max_elements=8, weights="whole", gradients="whole"),)),
     "bucket_bytes": Plan(bucket_bytes=64),
     "name": Plan(name="another name"),
