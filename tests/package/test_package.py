@@ -145,7 +145,7 @@ def test_sdist_holds_sources_once(tree: Path, built: tuple[Path, Path]) -> None:
     assert not any(member.issym() or member.islnk() for member in members.values())
     expected = {str(p.relative_to(tree)) for name in ("zcompile", *LINKED) for p in (tree / name).glob("*.py")}
     assert expected <= set(members)
-    assert not [name for name in members if name.startswith(tuple(f"zcompile/{name}" for name in LINKED))]
+    assert not [name for name in members if name.startswith(tuple(f"zcompile/{linked}/" for linked in LINKED))]
     assert {"LICENSE", "README.md", "Makefile", "examples/train_gpt.py", "tests/package/test_package.py"} <= set(
         members
     )
