@@ -27,6 +27,7 @@ MAGIC = tl.constexpr(12582912.0)
 in the low bits. No conversion, so nothing is undefined, and none of libdevice, which the interpreter lacks."""
 MAGIC_BITS = tl.constexpr(0x4B400000)
 TOP_INT8, TOP_INT4 = tl.constexpr(TOP["int8"]), tl.constexpr(TOP["int4"])
+LIMIT_INT8, LIMIT_INT4 = tl.constexpr(int(TOP["int8"])), tl.constexpr(int(TOP["int4"]))
 TOP_E4M3FN, TOP_E4M3FNUZ = tl.constexpr(TOP["e4m3fn"]), tl.constexpr(TOP["e4m3fnuz"])
 
 
@@ -117,9 +118,9 @@ def rounded(x, scaled, place, OFFSET: tl.constexpr, KIND: tl.constexpr, STOCHAST
         y = scaled + noise(x, place)
         near = y + MAGIC
         down = near.to(tl.int32, bitcast=True) - (near - MAGIC > y).to(tl.int32)
-        limit: tl.constexpr = int(TOP_INT8) if KIND == "int8" else int(TOP_INT4)
+        limit: tl.constexpr = LIMIT_INT8 if KIND == "int8" else LIMIT_INT4
         down = tl.minimum(tl.maximum(down, MAGIC_BITS - limit), MAGIC_BITS + limit)
-        return (down + int(OFFSET)).to(tl.uint32, bitcast=True)
+        return (down + OFFSET).to(tl.uint32, bitcast=True)
     else:
         return (scaled + (MAGIC + OFFSET)).to(tl.uint32, bitcast=True)
 
@@ -155,11 +156,11 @@ def encode(x0, x1, H: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, STO
     y1 = tl.where(good[:, None], x1 * inverse[:, None], 0.0)
     place = tl.arange(0, H)[None, :]
     if KIND == "int8":
-        c0 = rounded(x0, y0, place, 0.0, KIND, STOCHASTIC).to(tl.uint8)
-        c1 = rounded(x1, y1, place + H, 0.0, KIND, STOCHASTIC).to(tl.uint8)
+        c0 = rounded(x0, y0, place, 0, KIND, STOCHASTIC).to(tl.uint8)
+        c1 = rounded(x1, y1, place + H, 0, KIND, STOCHASTIC).to(tl.uint8)
     elif KIND == "int4":
-        low = rounded(x0, y0, place, 8.0, KIND, STOCHASTIC)
-        c0 = (low | (rounded(x1, y1, place + H, 8.0, KIND, STOCHASTIC) << 4)).to(tl.uint8)
+        low = rounded(x0, y0, place, 8, KIND, STOCHASTIC)
+        c0 = (low | (rounded(x1, y1, place + H, 8, KIND, STOCHASTIC) << 4)).to(tl.uint8)
         c1 = c0
     else:
         c0, c1 = to_fp8(y0, KIND), to_fp8(y1, KIND)

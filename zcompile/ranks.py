@@ -94,7 +94,7 @@ class Pool:
                     worked, value = pickle.loads(pipe.recv())
                 except EOFError:
                     process.join(5)
-                    worked, value = False, Failure("Died", f"exit code {process.exitcode}", "")
+                    worked, value = False, Failure("Died", f"exit code {process.exitcode}", self._stack(rank, process))
                 if worked:
                     results[rank] = value
                 else:
@@ -161,7 +161,9 @@ def run(
 
 
 def _serve(pipe: Connection, rank: int, world: int, port: int, backend: str | None, stacks: str) -> None:
-    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 (open for the process's life)
+    record = open(stacks, "w")  # noqa: SIM115 (open for the process's life)
+    faulthandler.enable(file=record)
+    faulthandler.register(signal.SIGUSR1, file=record, all_threads=True)
     torch.set_num_threads(1)
     gc.freeze()  # what was imported stays: collections during a compile need not look at it
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

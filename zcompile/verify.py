@@ -132,7 +132,9 @@ def _run(group: list[Cell], pool: Any, steps: int) -> None:
         if first.mode == "code":
             exact = run("pointwise") if (first.plan, first.topology) in EXACT else []
     except RanksFailed as error:
-        rank, failure = min(error.failures.items(), key=lambda item: (item[1].type == "Late", item[0]))
+        # The cause: a rank that died makes others raise, and those make others late.
+        order = {"Died": 0, "Late": 2}
+        rank, failure = min(error.failures.items(), key=lambda item: (order.get(item[1].type, 1), item[0]))
         for cell in group:
             cell.failures.append(f"rank {rank}: {failure.type}: {failure.message}\n{failure.trace}".rstrip())
         return

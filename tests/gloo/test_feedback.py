@@ -89,7 +89,9 @@ def test_what_one_step_loses_the_next_ones_bring(ranks: Any) -> None:
 
 
 def odd(rank: int) -> None:
-    with pytest.raises(ValueError, match=r"error_feedback with '0.weight': the first hop of its reduce \(pair\) is fp32 and a later"):
+    with pytest.raises(
+        ValueError, match=r"error_feedback with '0.weight': the first hop of its reduce \(pair\) is fp32 and a later"
+    ):
         wrapped("2x1x2", Plan("pair", "world", "world", reduce={"cluster": "int4/32"}, error_feedback=0.5))
 
 

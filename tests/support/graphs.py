@@ -35,7 +35,9 @@ def unit(shapes: dict[str, tuple[int, ...]], *, sizes: tuple[int, ...] = (2, 2, 
         "sizes": sizes, "levels": LEVELS[: len(sizes)], "topology": "x".join(map(str, sizes)),
         "w": w, "g": g, "o": o, "compute": compute, "unit": unit, "block": block, **wires,
     }  # fmt: skip
-    return side_by_side([ParamSpec(name=name, shape=shape, offset=0, unit_shard=0, **place) for name, shape in shapes.items()])
+    return side_by_side(
+        [ParamSpec(name=name, shape=shape, offset=0, unit_shard=0, **place) for name, shape in shapes.items()]
+    )
 
 
 class Hand:

@@ -48,7 +48,9 @@ def world(rank: int, size: int) -> None:
     Compilation._numbers = itertools.count()
 
 
-def wrapped(rank: int = 0, topology: str = "2x2x2", plan: Any = "zero_topo", blocks: int = 1, width: int = 8, **settings: Any) -> Any:
+def wrapped(
+    rank: int = 0, topology: str = "2x2x2", plan: Any = "zero_topo", blocks: int = 1, width: int = 8, **settings: Any
+) -> Any:
     """A Tiny on `rank` of a fake world of `topology`; node by node unless `settings` say otherwise."""
     size = 1
     for text in topology.split("x"):

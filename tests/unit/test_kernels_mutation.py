@@ -15,7 +15,15 @@ import torch
 from amdgcn import mutate
 from support.kernel_runs import arguments, compiled
 
-from zcompile.kernels.catalogue import Case, delta_case, dequantize_case, flat, quantize_case, reduce_case, requantize_case
+from zcompile.kernels.catalogue import (
+    Case,
+    delta_case,
+    dequantize_case,
+    flat,
+    quantize_case,
+    reduce_case,
+    requantize_case,
+)
 from zcompile.kernels.code import Code
 
 ARCH, SEEDS = "gfx90a", (0, 1, 2, 3)

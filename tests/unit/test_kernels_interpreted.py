@@ -1,0 +1,53 @@
+"""Every kernel variant under Triton's own interpreter, in a process of its own: it must be asked for before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from zcompile.kernels.catalogue import catalogue
+
+SCRIPT = """
+import sys
+from zcompile.kernels import gpu
+from zcompile.kernels.catalogue import catalogue
+for variant in catalogue():
+    for seed in map(int, sys.argv[1:]):
+        case = variant.make("", seed=seed)
+        gpu.run(case.call)
+        print(f"{variant.name}|{seed}|{case.wrong()}")
+"""
+
+
+def interpreted(*seeds: int, script: str = SCRIPT) -> dict[tuple[str, int], str]:
+    """(variant, seed) -> what differs from the reference, "" if nothing does."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, seeds)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("|", 2) for line in done.stdout.splitlines()]
+    return {(name, int(seed)): wrong for name, seed, wrong in lines}
+
+
+@pytest.mark.slow
+def test_every_variant_equals_the_reference() -> None:
+    found = interpreted(1, 2)
+    assert set(found) == {(variant.name, seed) for variant in catalogue() for seed in (1, 2)}
+    assert not {key: wrong for key, wrong in found.items() if wrong}
+
+
+def test_a_few_equal_the_reference_and_a_changed_scale_does_not() -> None:
+    few = SCRIPT.replace(
+        "catalogue():", "(v for v in catalogue() if v.name in ('quantize bf16 int8', 'dequantize bf16 int4')):"
+    )
+    assert few != SCRIPT
+    assert set(interpreted(3, script=few).values()) == {""} and len(interpreted(3, script=few)) == 2
+    broken = few.replace("gpu.run(case.call)", "gpu.run(case.call); case.wanted[0][0][:64] += 1")
+    assert all("differ" in wrong for wrong in interpreted(3, script=broken).values())
