@@ -18,6 +18,7 @@ class Context:
     Attributes:
         stage: "joint", "forward", "backward" or "inference".
         plan: the resolved plan.
+        overlap: buckets whose hops may be under way while the graph computes; 0: none.
         decompositions: what traced code is decomposed with (empty without code generation).
         notes: one line per thing a pass did, by pass; shown in the dump.
     """
@@ -28,6 +29,7 @@ class Context:
     name: str = "graph"
     current: str = ""
     notes: dict[str, list[str]] = field(default_factory=dict)
+    overlap: int = 0
     predicted: dict[tuple[str, str], int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -16,6 +16,8 @@ class Options:
     Attributes:
         codegen: generate code with Inductor. False runs the same backend and passes and executes the lowered graph node by node.
         dump: folder for the program before and after each pass (also the environment variable ZCOMPILE_DUMP); "" is none.
+        overlap: buckets whose transfers are under way while the graph computes, in either direction: 0 waits for each hop where it is
+            launched, 1 and 2 hide more and keep so many more buckets in memory. Compiled graphs only.
         timeout: seconds a rank waits for another at set-up and at an agreement before it raises.
         compile_timeout: seconds a rank waits for another that generates code.
         sync_init: take rank 0's initial values on every rank instead of requiring that they are equal.
@@ -25,6 +27,7 @@ class Options:
 
     codegen: bool = True
     dump: str = ""
+    overlap: int = 0
     timeout: float = 600.0
     compile_timeout: float = 3600.0
     sync_init: bool = False
@@ -42,6 +45,8 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"option {name}={value!r}: must be a positive number of seconds")
+        if isinstance(self.overlap, bool) or not isinstance(self.overlap, int) or not 0 <= self.overlap <= 64:
+            raise ValueError(f"option overlap={self.overlap!r}: must be a number of buckets, from 0 to 64")
         if not isinstance(self.dump, (str, os.PathLike)):
             raise ValueError(f"option dump={self.dump!r}: must be the path of a folder")
 

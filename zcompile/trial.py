@@ -31,9 +31,11 @@ VOCABULARY, HIDDEN = 37, 10
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"compile": False},
     "graph": {"codegen": False},
+    "overlap": {"codegen": False, "overlap": 2},
     "code": {"codegen": True},
+    "overlapped code": {"codegen": True, "overlap": 2},
 }
-"""No compiler; Dynamo and every pass, the graph run node by node; the same with Inductor's code."""
+"""No compiler; Dynamo and every pass, the graph run node by node, without and with overlap; the same with Inductor's code."""
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw": functools.partial(torch.optim.AdamW, lr=1e-2, foreach=True),

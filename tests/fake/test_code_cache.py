@@ -90,7 +90,7 @@ def test_invariant_5_a_warm_cache_equals_a_cold_one(cold: dict[str, Any], cache:
     for part in ("ledger", "lists", "dump", "sources", "checked"):
         assert warm[part] == cold[part], part
     assert [len(entries) for entries in cold["lists"]] == [3, 12]
-    assert len(cold["dump"]) == 18
+    assert len(cold["dump"]) == 20
 
 
 OTHER: dict[str, Any] = {

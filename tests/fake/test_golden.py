@@ -19,8 +19,8 @@ from zcompile import Plan
 GOLDEN = Path(__file__).parents[1] / "golden"
 STAGES = {
     "joint": ("00-input", "01-merge", "02-tag"),
-    "forward": ("00-input", "01-bucket", "02-lower", "03-quantize", "04-pin", "05-verify"),
-    "backward": ("00-input", "01-bucket", "02-lower", "03-quantize", "04-pin", "05-verify"),
+    "forward": ("00-input", "01-bucket", "02-lower", "03-quantize", "04-schedule", "05-pin", "06-verify"),
+    "backward": ("00-input", "01-bucket", "02-lower", "03-quantize", "04-schedule", "05-pin", "06-verify"),
 }
 QUANTIZED = [(s, f) for s in ("forward", "backward") for f in ("02-lower.txt", "03-quantize.txt", "summary.txt")]
 """Of the same model with int8 gathers and int4 reductions in blocks of 32: in tests/golden/quantized."""
@@ -88,7 +88,9 @@ def test_two_ranks_dumps_are_equal_byte_for_byte_apart_from_times(dumped: Path) 
 def test_a_diff_leads_from_each_program_to_the_next(dumped: Path) -> None:
     place = dumped / "rank0" / "graph0.forward"
     changed = {path.name for path in place.glob("*.diff")}
-    assert changed == {"01-bucket.diff", "02-lower.diff"}, "quantize has nothing to fuse, pin and verify change nothing"
+    assert changed == {"01-bucket.diff", "02-lower.diff"}, (
+        "quantize has nothing to fuse, schedule is off, pin and verify change nothing"
+    )
     text = (place / "02-lower.diff").read_text()
     assert any(line.startswith("-gather ") for line in text.splitlines())
     assert any(line.startswith("+all_gather_into_tensor ") for line in text.splitlines())

@@ -28,10 +28,10 @@ MATRIX_STEPS = 3
 
 
 class Matrix:
-    """Cells of one mode; runs all of them when the first is asked for, so that one pool and one run serve every test."""
+    """Some cells; runs all of them when the first is asked for, so that one pool and one run serve every test."""
 
-    def __init__(self, mode: str, pool: Pool) -> None:
-        self._wanted = verify.cells(mode=mode)
+    def __init__(self, wanted: list[verify.Cell], pool: Pool) -> None:
+        self._wanted = wanted
         self._pool = pool
         self._found: dict[tuple[str, str, int], verify.Cell] = {}
 
@@ -44,12 +44,17 @@ class Matrix:
 
 @pytest.fixture(scope="module")
 def matrix(ranks: Ranks) -> Matrix:
-    return Matrix("graph", ranks(8))
+    return Matrix(verify.cells(mode="eager"), ranks(8))
+
+
+@pytest.fixture(scope="module")
+def graphs(ranks: Ranks) -> Matrix:
+    return Matrix([verify.Cell(plan, topology, k, "graph") for plan, topology, k in verify.DOZEN], ranks(8))
 
 
 @pytest.fixture(scope="module")
 def dozen(ranks: Ranks) -> Matrix:
-    return Matrix("code", ranks(8))
+    return Matrix(verify.cells(mode="code"), ranks(8))
 
 
 def passes(cell: verify.Cell) -> None:
@@ -67,6 +72,14 @@ def test_requirement_1_same_answer_as_flat_sharding(
     cell = matrix[plan, topology, micro_batches]
     passes(cell)
     assert cell.bit_equal and cell.loss_bit_equal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", verify.DOZEN, ids=lambda cell: "-".join(map(str, cell)))
+def test_requirement_1_through_the_passes(graphs: Matrix, cell: tuple[str, str, int]) -> None:
+    """A dozen that covers presets, topologies and K, through Dynamo and every pass (`zcompile verify` takes all cells that way)."""
+    passes(graphs[cell])
+    assert graphs[cell].bit_equal and graphs[cell].loss_bit_equal
 
 
 @pytest.mark.slow

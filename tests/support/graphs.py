@@ -43,10 +43,12 @@ def unit(shapes: dict[str, tuple[int, ...]], *, sizes: tuple[int, ...] = (2, 2, 
 class Hand:
     """A graph in the making: every node gets its value on fake tensors."""
 
-    def __init__(self, stage: str, topology: str = "2x2x2", plan: str = "zero_topo") -> None:
+    def __init__(self, stage: str, topology: str = "2x2x2", plan: str = "zero_topo", overlap: int = 0) -> None:
         self.graph = Graph()
         self.mode = FakeTensorMode()
-        self.context = Context(stage, Plan.preset(plan).resolve(Topology.parse(topology), "float32"), name="by hand")
+        self.context = Context(
+            stage, Plan.preset(plan).resolve(Topology.parse(topology), "float32"), name="by hand", overlap=overlap
+        )
         self.gm: GraphModule
 
     def input(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Node:

@@ -1,0 +1,112 @@
+"""Transfers that are under way while the graph computes: the same bits, the same bytes, in whatever order hops complete."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from support.spawn import Pool
+
+from zcompile import Plan, hierarchical_zero, trial
+from zcompile.groups import CountingGroup
+
+Ranks = Callable[[int], Pool]
+PLANS = {
+    "zero_topo": Plan.preset("zero_topo"),
+    "zero3": Plan.preset("zero3"),
+    "zero1": Plan.preset("zero1"),
+    "hsdp": Plan.preset("hsdp"),
+}
+
+
+def right(outcome: trial.Outcome) -> None:
+    assert (outcome.bits, outcome.loss_bits, outcome.replicas, outcome.ledger) == ("", "", "", "")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_invariant_4_bits_and_ledger_are_those_without_overlap(ranks: Ranks, plan: str) -> None:
+    for outcomes in ranks(4).run(trial.run, "awkward", "2x2", PLANS[plan], "overlap", (1, 4), 3, timeout=200.0):
+        for outcome in outcomes:
+            right(outcome)
+
+
+@pytest.mark.slow
+def test_three_levels_through_inductor(ranks: Ranks) -> None:
+    """The generated code launches and waits in the scheduled order (or compiling it fails), and computes the reference's bits."""
+    plan = Plan.preset("zero_topo")
+    for outcomes in ranks(8).run(trial.run, "pointwise", "2x2x2", plan, "overlapped code", (1, 4), 3, timeout=300.0):
+        for outcome in outcomes:
+            assert (outcome.bits, outcome.replicas, outcome.ledger) == ("", "", "")
+
+
+@pytest.mark.parametrize("level", ["node", "cluster"])
+def test_f4_delays_in_a_level_change_no_bit(ranks: Ranks, level: str) -> None:
+    """Each rank launches that level's hops up to 20 ms late, each at times of its own: who reads before it waited reads garbage."""
+    for outcomes in ranks(4).run(delayed, level, timeout=200.0):
+        for outcome in outcomes:
+            right(outcome)
+
+
+def delayed(rank: int, level: str) -> list[trial.Outcome]:
+    with late_launches(level, random.Random(rank)):
+        return trial.run(rank, "awkward", "2x2", PLANS["zero_topo"], "overlap", (1, 2), 2)
+
+
+@contextlib.contextmanager
+def late_launches(level: str, chance: random.Random) -> Iterator[None]:
+    def late(name: str) -> Any:
+        launch = getattr(CountingGroup, name)
+
+        def launched(self: CountingGroup, *args: Any, **keywords: Any) -> Any:
+            if self.level == level:
+                time.sleep(chance.uniform(0, 0.02))
+            return launch(self, *args, **keywords)
+
+        return mock.patch.object(CountingGroup, name, launched)
+
+    names = ("all_gather_single", "_allgather_base", "all_to_all_single", "alltoall_base")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            if hasattr(CountingGroup, name):
+                stack.enter_context(late(name))
+        yield
+
+
+@pytest.mark.parametrize("wire", ["paper", "int4-delta refresh"])
+def test_quantised_messages_overlap_to_the_same_bits(ranks: Ranks, wire: str) -> None:
+    for found in ranks(4).run(losses_of, wire, timeout=200.0):
+        assert len(found) == 3 and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def losses_of(rank: int, wire: str) -> list[torch.Tensor]:
+    """Losses of six steps and the last masters: without overlap, with 1 and with 3 buckets in flight."""
+    options: dict[str, Any] = {"wire": "paper"} if wire == "paper" else {"wire": "paper", "refresh": "int4-delta"}
+    plan, found = Plan.preset("zero_topo", **options), []
+    for overlap in (0, 1, 3):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model: Any = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))
+        model = hierarchical_zero(model, topology="2x2", plan=plan, codegen=False, overlap=overlap)
+        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+        for step in range(6):
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(100 * step + rank))
+            loss = (model(x) - x.flip(1)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        masters = [p.to_local().detach().flatten() for p in model.parameters()]  # type: ignore[attr-defined]
+        found.append(torch.cat([torch.stack(losses), *masters]))
+    return found
+
+
+@pytest.mark.parametrize("overlap", [-1, 65, 1.5, True, "2"])
+def test_a_bad_number_is_named(overlap: Any) -> None:
+    with pytest.raises(ValueError, match=r"option overlap=.*from 0 to 64"):
+        hierarchical_zero(torch.nn.Linear(2, 2), topology="1x1", overlap=overlap)

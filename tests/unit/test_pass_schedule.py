@@ -1,0 +1,157 @@
+"""schedule: what is launched before what is computed, what is waited for after it, and what never changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.graphs import Hand, targets, unit
+from torch.fx import Node
+
+from zcompile.passes import LOWERED, schedule
+from zcompile.passes.nodes import COLLECTIVES, WAIT, aten, collective_of
+
+INT4, INT8 = "int4/256/bf16/nearest", "int8/256/bf16/nearest"
+DEPTH = 6
+
+
+def layers(overlap: int, *, depth: int = DEPTH, three: bool = False, **formats: str) -> Hand:
+    """A forward of `depth` products, each with a weight of its own unit; `three`: gathered over three levels."""
+    hand = Hand("forward", plan="zero3" if three else "zero_topo", overlap=overlap)
+    place = {"w": 3, "g": 3, "o": 3} if three else {}
+    x = hand.input("x", 64, 64)
+    specs, copies = [], []
+    for number in range(depth):
+        (spec,) = unit({f"w{number}": (64, 64)}, unit=f"u{number}", block=256 if formats else 1, **formats, **place)  # type: ignore[arg-type]
+        specs.append(spec)
+        copies.append(hand.copy(spec))
+    for spec, copy in zip(specs, copies, strict=True):
+        x = hand.call(aten.mm.default, x, hand.gather(spec, copy))
+    hand.output(x)
+    hand.run(*LOWERED)
+    return hand
+
+
+def gradients(overlap: int, *, mains: bool = False, **formats: str) -> Hand:
+    """A backward: a chain of products, and of each a gradient that is reduced; summed onto mains, or synced."""
+    hand = Hand("backward", overlap=overlap)
+    specs = [unit({f"w{n}": (64, 64)}, unit=f"u{n}", block=256 if formats else 1, **formats)[0] for n in range(DEPTH)]
+    sums = [hand.input(f"main_{n}", spec.layout.width(spec.g)) for n, spec in enumerate(specs)] if mains else []
+    x, out = hand.input("x", 64, 64), []
+    for number, spec in enumerate(specs):
+        x = hand.call(aten.mm.default, x, x)
+        total = hand.reduce(spec, x)
+        if mains:
+            total = hand.call(aten.add.Tensor, sums[number], total)
+            hand.call(aten.copy_.default, sums[number], total)
+        else:
+            out.append(hand.sync(spec, total))
+    hand.output(x, *out)
+    hand.run(*LOWERED)
+    return hand
+
+
+def story(hand: Hand) -> str:
+    """Letters in graph order: m a product, G launches a gather, R a reduction, w waits for a hop; waits for copies are left out."""
+    found = []
+    for node in hand.gm.graph.nodes:
+        if node.target is aten.mm.default:
+            found.append("m")
+        elif node.target in COLLECTIVES:
+            found.append("G" if collective_of(node).transfer == "gather" else "R")
+        elif node.target is WAIT and node.args[0].target in COLLECTIVES:
+            found.append("w")
+    return "".join(found)
+
+
+def test_off_waits_where_it_launches() -> None:
+    assert story(layers(0)) == "Gwm" * DEPTH
+    assert story(gradients(0)) == "mRwRwRw" * DEPTH
+
+
+@pytest.mark.parametrize("overlap", [1, 2])
+def test_gathers_are_launched_as_many_buckets_ahead(overlap: int) -> None:
+    ahead = DEPTH - overlap
+    assert story(layers(overlap)) == "G" * overlap + "Gwm" * ahead + "wm" * overlap
+
+
+def test_the_hops_of_a_bucket_go_one_bucket_later_each() -> None:
+    hand = layers(2, three=True)
+    hops = [(collective_of(node).level, collective_of(node).parameters[0]) for node in targets(hand.gm, *COLLECTIVES)]
+    steady = hops[hops.index(("cluster", "w4")) :][:3]
+    assert steady == [("cluster", "w4"), ("node", "w3"), ("pair", "w2")], "three levels at work for three buckets"
+    for number in range(DEPTH):
+        assert [level for level, name in hops if name == f"w{number}"] == ["cluster", "node", "pair"]
+
+
+def test_reductions_are_waited_for_behind_the_next_launches() -> None:
+    assert story(gradients(1)) == "mR" + "mRwRwRw" * (DEPTH - 1) + "wRwRw"
+    gradients_in_flight = story(gradients(3))
+    # A launch; then the oldest bucket's sum, the next one's third hop and the youngest's second.
+    assert gradients_in_flight == "mR" + "mRwR" + "mRwRwR" + "mRwwRwR" * (DEPTH - 3) + "wwRwwRwRw"
+
+
+def test_more_buckets_than_there_are_is_all_of_them() -> None:
+    assert story(layers(64)) == "G" * DEPTH + "wm" * DEPTH
+
+
+@pytest.mark.parametrize("depth", [4, 8, 16])
+def test_invariant_7_what_is_in_flight_does_not_grow_with_depth(depth: int) -> None:
+    assert max(schedule.in_flight(layers(2, depth=depth, three=True).gm)) == 3
+
+
+def test_the_contract_sees_too_much_in_flight() -> None:
+    hand = layers(2, three=True)
+    hand.context.overlap = 0
+    schedule.check(hand.gm, hand.context)  # off: nothing to hold
+    assert story(layers(5)).startswith("GGGGGG")
+    hand = layers(5)
+    hand.context.overlap = 1
+    with pytest.raises(AssertionError, match="6 hops in flight at once; with overlap 1: at most 4"):
+        schedule.check(hand.gm, hand.context)
+
+
+@pytest.mark.parametrize("formats", [{}, {"gather": INT8, "reduce": INT4, "sync": INT4}], ids=["native", "quantised"])
+@pytest.mark.parametrize("mains", [False, True])
+def test_the_same_nodes_read_the_same_values(formats: dict[str, str], mains: bool) -> None:
+    plain, moved = gradients(0, mains=mains, **formats), gradients(2, mains=mains, **formats)
+
+    def program(hand: Hand) -> set[str]:
+        return {text(node) for node in hand.gm.graph.nodes}
+
+    assert program(plain) == program(moved) and story(plain) != story(moved)
+
+
+def text(node: Node) -> str:
+    """The node as an expression of inputs: names may differ, this may not."""
+    if node.op == "placeholder":
+        return str(node.target)
+    parts = ", ".join(text(arg) for arg in node.all_input_nodes)
+    return f"{node.target}({parts})" if len(parts) < 2000 else f"{node.target}({hash(parts)})"
+
+
+def test_sums_go_into_their_mains_in_order_and_late() -> None:
+    hand = gradients(2, mains=True, reduce=INT4)
+    writes = [
+        node for node in hand.gm.graph.nodes if getattr(node.target, "_schema", None) and node.target._schema.is_mutable
+    ]
+    assert len(writes) == DEPTH
+    products = [node for node in hand.gm.graph.nodes if node.target is aten.mm.default]
+    order = {node: number for number, node in enumerate(hand.gm.graph.nodes)}
+    assert order[writes[0]] > order[products[2]], "the first sum is waited for two products later"
+
+
+def test_a_buffer_that_is_read_after_it_was_written_keeps_its_place() -> None:
+    """A main grad that the graph itself reads again: moving its sum behind that would be another program."""
+    hand = Hand("backward", overlap=1)
+    specs = [unit({f"w{n}": (64, 64)}, unit=f"u{n}")[0] for n in range(2)]
+    x = hand.input("x", 64, 64)
+    main = hand.input("main", specs[0].layout.width(specs[0].g))
+    total = hand.call(aten.add.Tensor, main, hand.reduce(specs[0], x))
+    hand.call(aten.copy_.default, main, total)
+    seen = hand.call(aten.neg.default, main)
+    hand.output(seen, hand.sync(specs[1], hand.reduce(specs[1], hand.call(aten.mm.default, x, x))))
+    before = [node.target for node in hand.gm.graph.nodes]
+    hand.run(*LOWERED)
+    assert any("whose order must stay" in note for note in hand.context.notes["schedule"])
+    assert before and torch.ops.aten.neg.default in before
+    assert story(hand).startswith("Rw")
