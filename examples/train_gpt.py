@@ -203,6 +203,7 @@ def prepare(arguments: argparse.Namespace, plan: zcompile.Plan, corpus: Corpus, 
         plan=plan,
         compute_dtype=getattr(torch, arguments.dtype),
         compile=not arguments.eager,
+        overlap=arguments.overlap,
     )
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -339,6 +340,13 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("--dtype", default="float32", choices=["float32", "bfloat16"], help="compute dtype (default: %(default)s)")
     option("--steps", type=positive, default=200, help="optimizer steps (default: %(default)s)")
+    option(
+        "--overlap",
+        type=int,
+        default=0,
+        metavar="BUCKETS",
+        help="transfers under way while it computes (default: none)",
+    )
     option("--micro-batch", type=positive, default=2, help="windows per rank and micro-step (default: %(default)s)")
     option("--accumulate", type=positive, default=2, help="micro-steps per optimizer step (default: %(default)s)")
     option("--lr", type=float, default=3e-3, help="highest learning rate (default: %(default)s)")
