@@ -29,7 +29,9 @@ def right(outcome: trial.Outcome) -> None:
     assert (outcome.bits, outcome.loss_bits, outcome.replicas, outcome.ledger) == ("", "", "", "")
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "plan", [next(iter(PLANS)), *(pytest.param(plan, marks=pytest.mark.slow) for plan in list(PLANS)[1:])]
+)
 def test_invariant_4_bits_and_ledger_are_those_without_overlap(ranks: Ranks, plan: str) -> None:
     for outcomes in ranks(4).run(trial.run, "awkward", "2x2", PLANS[plan], "overlap", (1, 4), 3, timeout=200.0):
         for outcome in outcomes:
@@ -45,7 +47,7 @@ def test_three_levels_through_inductor(ranks: Ranks) -> None:
             assert (outcome.bits, outcome.replicas, outcome.ledger) == ("", "", "")
 
 
-@pytest.mark.parametrize("level", ["node", "cluster"])
+@pytest.mark.parametrize("level", ["cluster", pytest.param("node", marks=pytest.mark.slow)])
 def test_f4_delays_in_a_level_change_no_bit(ranks: Ranks, level: str) -> None:
     """Each rank launches that level's hops up to 20 ms late, each at times of its own: who reads before it waited reads garbage."""
     for outcomes in ranks(4).run(delayed, level, timeout=200.0):
@@ -78,7 +80,7 @@ def late_launches(level: str, chance: random.Random) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("wire", ["paper", "int4-delta refresh"])
+@pytest.mark.parametrize("wire", ["int4-delta refresh", pytest.param("paper", marks=pytest.mark.slow)])
 def test_quantised_messages_overlap_to_the_same_bits(ranks: Ranks, wire: str) -> None:
     for found in ranks(4).run(losses_of, wire, timeout=200.0):
         assert len(found) == 3 and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
