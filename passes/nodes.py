@@ -170,6 +170,11 @@ def reorder(graph: Graph, groups: list[list[Node]]) -> None:
         raise RuntimeError(
             f"zcompile: cannot place {waiting[0].format_node()}: a member of a bucket depends on another one"
         )
+    arrange(graph, order)
+
+
+def arrange(graph: Graph, order: list[Node]) -> None:
+    """Put all nodes of a graph into this order."""
     cursor: Node | None = None
     for node in order:
         if cursor is None:

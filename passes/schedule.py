@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import COLLECTIVES, WAIT, collective_of, find
+from zcompile.passes.nodes import COLLECTIVES, WAIT, arrange, collective_of, find
 
 NAME = "schedule"
 
@@ -32,7 +32,7 @@ def run(gm: GraphModule, context: Context) -> None:
     if order is None:
         context.note("off: a buffer is written on the way of a transfer, whose order must stay")
         return
-    _apply(gm.graph, order)
+    arrange(gm.graph, order)
     context.note(
         f"{len(schedule.gathers)} gathered buckets, {schedule.launches} reductions launched, {context.overlap} in flight"
     )
@@ -82,9 +82,7 @@ class _Schedule:
         """All nodes in their new order; None if it would be another program."""
         early = self._early()
         late = self._late()
-        moved = {node for group in early.values() for node in group} | {
-            node for group in late.values() for node in group
-        }
+        moved = {node for group in (*early.values(), *late.values()) for node in group}
         out: list[Node] = []
         for number, node in enumerate(self.nodes):
             out += early.get(number, [])
@@ -198,13 +196,3 @@ def _storage(node: Node) -> object:
     """Equal for nodes whose values share memory."""
     value = node.meta.get("val")
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node
-
-
-def _apply(graph: Graph, order: list[Node]) -> None:
-    cursor = order[0]
-    first = next(iter(graph.nodes))
-    if first is not cursor:
-        first.prepend(cursor)
-    for node in order[1:]:
-        cursor.append(node)
-        cursor = node
