@@ -1,8 +1,8 @@
 """pin: the order of the collectives in the graph is the order in the generated code.
 
 Requires: a lowered graph.
-Guarantees: `PATCHES` (the code generator moves no node past another for memory or overlap, and makes no buckets of its own) and,
-after code generation, `check_code`: the launches and waits stand in the source in the graph's order, or the compile fails.
+Guarantees: `PATCHES` (the code generator moves no launch or wait past another for memory, overlap or a fusion, and makes no buckets of
+its own) and, after code generation, `check_code`: the launches and waits stand in the source in the graph's order, or the compile fails.
 Leaves alone: the order itself; it is that of the graph.
 """
 
@@ -13,11 +13,13 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from zcompile._torch_compat import KeepOrder
 from zcompile.passes.context import Context
 from zcompile.passes.nodes import ALL_GATHER, ALL_TO_ALL, COLLECTIVES, WAIT, find
 
 NAME = "pin"
-PATCHES = {
+PATCHES: dict[str, Any] = {
+    "_pre_fusion_custom_pass": KeepOrder(),
     "reorder_for_peak_memory": False,
     "reorder_for_locality": False,
     "reorder_for_compute_comm_overlap": False,

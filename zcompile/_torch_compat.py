@@ -30,6 +30,7 @@ from torch._C._distributed_c10d import (  # read from torch 2.13
 )
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.decorators import skip, skip_code
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import (
@@ -220,6 +221,30 @@ class GraphPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         return self._key
+
+
+class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", object)):  # type: ignore[misc]
+    """For Inductor's `_pre_fusion_custom_pass`: each launch and wait depends on the one before it, so that no fusion moves them past one
+    another. Without it a fused kernel takes the place of its first part, and what its other parts wait for moves up with it.
+
+    2.13: scheduler.py, which does the same for launches alone in `decide_global_ordering_of_comms`. A torch without `CustomSchedulerPass`
+    runs it too, but then caches no code.
+    """
+
+    def __call__(self, nodes: list[Any]) -> list[Any]:
+        from torch._inductor.dependencies import WeakDep
+        from torch._inductor.utils import is_collective, is_wait
+
+        chain = [node for node in nodes if is_collective(node.node) or is_wait(node.node)]
+        for before, after in zip(chain, chain[1:], strict=False):
+            earlier, later = next(iter(before.get_buffer_names())), next(iter(after.get_buffer_names()))
+            after.add_fake_dep(WeakDep(earlier, mutating_buf=later, is_fake=True))
+        if chain:
+            chain[0].scheduler.compute_ancestors()  # what fusion asks to avoid cycles
+        return nodes
+
+    def uuid(self) -> Any:
+        return "zcompile: launches and waits in order"
 
 
 def select_decomp_table() -> Mapping[Any, Any]:

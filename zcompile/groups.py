@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from zcompile import _torch_compat as compat
+from zcompile.swap import METHODS, MOST_MEMBERS, Swap
 
 CounterKey = tuple[str, str, str]
 """(level name, transfer, op)"""
@@ -81,9 +82,12 @@ class CountingGroup(dist.ProcessGroup):
     uncounted.
     """
 
-    def __init__(self, inner: dist.ProcessGroup, name: str, level: str, transfer: str, tally: Tally) -> None:
+    def __init__(
+        self, inner: dist.ProcessGroup, name: str, level: str, transfer: str, tally: Tally, swap: Swap | None = None
+    ) -> None:
         super().__init__(inner.rank(), inner.size())  # type: ignore[call-arg]
         self.inner = inner
+        self.swap = swap
         self.level = level
         self.transfer = transfer
         self.tally = tally
@@ -179,7 +183,9 @@ _COLLECTIVES: dict[str, tuple[Received, tuple[str, ...]]] = {
 
 def _counted(op: str, method: str, received: Received) -> Callable[..., Any]:
     def collective(self: CountingGroup, *args: Any, **keywords: Any) -> Any:
-        work = getattr(self.inner, method)(*args, **keywords)
+        work = METHODS[method](self.swap, args) if self.swap and method in METHODS else None
+        if work is None:
+            work = getattr(self.inner, method)(*args, **keywords)
         self.tally.add((self.level, self.transfer, op), received(self, args))
         return work
 
@@ -210,6 +216,7 @@ class Communicators:
         self.timeout = 300.0
         self.collective_timeout = 1800.0
         self._made: dict[tuple[str, tuple[int, ...], str], dist.ProcessGroup] = {}
+        self._swaps: dict[dist.ProcessGroup, Swap] = {}
         self._setups = 0
 
     def check_setup(self, owner: str) -> None:
@@ -236,6 +243,12 @@ class Communicators:
             default = "nccl" if self.device.type == "cuda" and not self.fake else None
             self._made[key] = self._make(ranks, level, lane, backend or default)
         return self._made[key]
+
+    def swap(self, group: dist.ProcessGroup) -> Swap | None:
+        """How a group made here swaps messages if gloo does it; None where torch's collectives are to be used."""
+        if self.fake or self.device.type != "cpu" or not 1 < group.size() <= MOST_MEMBERS:
+            return None
+        return self._swaps.setdefault(group, Swap(group))
 
     def _make(self, ranks: list[int], level: str, lane: str, backend: str | None) -> dist.ProcessGroup:
         subject = f"level `{level}`, lane `{lane}`, ranks {ranks}"

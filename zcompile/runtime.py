@@ -87,10 +87,11 @@ class Runtime:
             self._dimensions.append(lanes["grads"])
             for transfer, lane in LANES.items():
                 name = role_name(topology.key, topology.names[k - 1], transfer)
-                self._roles[name] = CountingGroup(lanes[lane], name, level.name, transfer, self._tally)
+                group, swap = lanes[lane], communicators.swap(lanes[lane])
+                self._roles[name] = CountingGroup(group, name, level.name, transfer, self._tally, swap)
         everybody = list(range(topology.world_size))
-        group = None if self._alone else communicators.get("", everybody, "world", "agreement", backend="gloo")
-        self.agreement = Agreement(group, self.rank, topology.world_size, timeout)
+        gloo = None if self._alone else communicators.get("", everybody, "world", "agreement", backend="gloo")
+        self.agreement = Agreement(gloo, self.rank, topology.world_size, timeout)
         for name, role in self._roles.items():
             compat.register_group(name, role)
 

@@ -30,6 +30,7 @@ SHAPES = {
     "pythia-6.9b": Shape(32, 4096, 32, 50432, 2048),
     "pythia-160m": Shape(12, 768, 12, 50304, 2048),
     "gpt-21m": Shape(6, 512, 8, 2048, 128),  # ours: large enough to quantise, small enough for eight local processes
+    "gpt-60m": Shape(8, 768, 12, 2048, 128),
     "tiny": Shape(2, 64, 4, 257, 32),
 }
 

@@ -1,0 +1,180 @@
+"""What one rank of `zcompile bench` does: build the model, train it with one system, measure.
+
+    python -m zcompile.bench.rank '{"system": ..., "out": ...}'
+
+A step's time is taken from one barrier to another over all measured steps, the wait for what runs over the last one included: a step
+that leaves work to the next is charged for it. Memory is the peak over the measured steps, from a mark that is reset after warm-up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from zcompile.bench import systems
+from zcompile.bench.network import read_counters
+from zcompile.launcher import init_from_launcher
+from zcompile.shapes import SHAPES, Decoder, Shape
+from zcompile.topology import Topology
+
+Data = Callable[[int, int, int], Tensor]
+"""(step, rank, sequences) -> tokens [sequences, T + 1] int64"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of all ranks. `system`: see zcompile.bench.systems.parse; `model`: a name of zcompile.shapes, or file.py:function
+    that returns (module, data); `out`: where rank 0 writes the result."""
+
+    system: str
+    model: str
+    topology: str
+    batch: int
+    steps: int
+    warmup: int
+    out: str
+    learning_rate: float = 1e-3
+
+
+def build(name: str, seed: int = 0) -> tuple[nn.Module, Data]:
+    """The model and its data; the same on every rank. ValueError names the valid models."""
+    if ".py:" in name:
+        path, _, function = name.rpartition(":")
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        if spec is None or spec.loader is None or not Path(path).is_file():
+            raise ValueError(f"model {name!r}: there is no file {path}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        torch.manual_seed(seed)
+        made: tuple[nn.Module, Data] = getattr(module, function)()
+        return made
+    if name not in SHAPES:
+        raise ValueError(f"model {name!r}: valid: {', '.join(SHAPES)}, or file.py:function")
+    shape = SHAPES[name]
+    torch.manual_seed(seed)
+    return Decoder(shape), lambda step, rank, sequences: batch(shape, step, rank, sequences)
+
+
+def batch(shape: Shape, step: int, rank: int, sequences: int) -> Tensor:
+    """Noisy arithmetic progressions: there is something to learn, so that losses can be compared."""
+    generator = torch.Generator().manual_seed(1_000_003 * step + rank + 1)
+    v, t = shape.vocabulary, shape.sequence + 1
+    start = torch.randint(v, (sequences, 1), generator=generator)
+    stride = torch.randint(1, 4, (sequences, 1), generator=generator)
+    noise = (torch.rand(sequences, t, generator=generator) < 0.05) * torch.randint(v, (sequences, t), generator=generator)
+    return (start + stride * torch.arange(t) + noise) % v
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Train with the task's system; the same report on every rank. A process group must be there."""
+    device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    memory = _Memory(device)
+    model, data = build(task.model)
+    model = model.to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    setting = systems.Setting(Topology.parse(task.topology), task.learning_rate, task.batch, device)
+    begin = time.perf_counter()
+    trainer = systems.parse(task.system)(model, setting)
+    tokens = [data(step, rank, task.batch).to(device) for step in range(task.warmup + task.steps)]
+    losses = [float(trainer.step(tokens[step])) for step in range(task.warmup)]
+    trainer.finish()
+    setup = time.perf_counter() - begin
+    memory.reset()
+    _synchronise(device)
+    dist.barrier()
+    before = read_counters() if rank == 0 else {}
+    dist.barrier()
+    cpu, start = time.process_time(), time.perf_counter()
+    found: list[Tensor] = []
+    marks = [start]
+    for step in range(task.warmup, task.warmup + task.steps):
+        found.append(trainer.step(tokens[step]))
+        marks.append(time.perf_counter())
+    trainer.finish()
+    _synchronise(device)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    peak = memory.peak()
+    dist.barrier()
+    after = read_counters() if rank == 0 else {}
+    mine = {
+        "seconds": seconds / task.steps,
+        "cpu": cpu / task.steps,
+        "peak": peak,
+        "losses": losses + [float(loss) for loss in found],
+    }
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, mine)
+    return {
+        "parameters": parameters,
+        "seconds": statistics.fmean(each["seconds"] for each in everyone),
+        "steps": [round(b - a, 5) for a, b in zip(marks, marks[1:], strict=False)],
+        "setup_seconds": setup,
+        "cpu_seconds": sum(each["cpu"] for each in everyone),
+        "peak_bytes": max(each["peak"] for each in everyone),
+        "losses": [statistics.fmean(loss) for loss in zip(*(each["losses"] for each in everyone), strict=True)],
+        "bytes": {level: (after[level] - before[level]) / task.steps for level in before},
+    }
+
+
+class _Memory:
+    """Peak bytes of this rank above what it had at the start: allocated device memory, or resident pages on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.base = torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS")
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the mark of the peak starts again
+
+    def peak(self) -> int:
+        now = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident("VmHWM")
+        return now - self.base
+
+
+def _resident(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available() and str(dist.get_backend()) == "nccl"
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> None:
+    task = Task(**json.loads(sys.argv[1]))
+    torch.set_num_threads(1)
+    init_from_launcher()
+    result = {**asdict(task), **measure(task)}
+    if dist.get_rank() == 0:
+        Path(task.out).write_text(json.dumps(result))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # no system's shutdown is part of the comparison
+
+
+if __name__ == "__main__":
+    main()
