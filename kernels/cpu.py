@@ -84,6 +84,28 @@ def dequantize(message: Tensor, geometry: Geometry, code: Code, dtype: torch.dty
     return out
 
 
+def peer_gather(buffers: Sequence[Tensor], geometry: Geometry, code: Code, dtype: torch.dtype, rank: int) -> Tensor:
+    """The messages of all ranks of a level, read where they lie -> what `dequantize` makes of them, one behind another.
+
+    Args:
+        buffers: one per rank, mapped into this process; rank c has rows [c * rows / ranks, (c + 1) * rows / ranks).
+        geometry: of the gathered message.
+        rank: this rank; it begins with its own message, so that not all read one at once.
+    """
+    ranks, library = len(buffers), _use(code)
+    tables = [_table(geometry.text, code, part, ranks) for part in range(ranks)]
+    buffers = [
+        _checked(buffer, f"buffers[{part}]", table.bytes, (torch.uint8,))
+        for part, (buffer, table) in enumerate(zip(buffers, tables, strict=True))
+    ]
+    if library is None or dtype not in _DTYPES:
+        return reference.dequantize(torch.cat(buffers), geometry, code, dtype)
+    out = torch.empty(geometry.size, dtype=dtype)
+    for part in (*range(rank, ranks), *range(rank)):
+        library.zcompile_dequantize(tables[part].at, buffers[part].data_ptr(), _DTYPES[dtype], out.data_ptr())
+    return out
+
+
 def reduce(message: Tensor, parts: int, mains: Sequence[Tensor], geometry: Geometry, code: Code) -> Tensor:
     """`parts` messages, one after another -> their sum in that order, flat [rows * width] fp32.
 
@@ -230,13 +252,14 @@ class _Prepared:
 
 
 @lru_cache(maxsize=1024)
-def _table(text: str, code: Code) -> _Prepared:
-    """The table of a geometry. Raises ValueError for a piece that is not made of whole blocks or has values outside its tensor."""
+def _table(text: str, code: Code, part: int = 0, parts: int = 1) -> _Prepared:
+    """The table of a geometry; of several parts: of that part of its rows, whose message stands alone. Raises ValueError for a piece that is not made of whole blocks or has values outside its tensor."""
     geometry = Geometry.parse(text)
     records = geometry.records(code)
-    runs = (_Run * (geometry.rows * len(geometry.pieces)))()
+    rows = geometry.rows // parts
+    runs = (_Run * (rows * len(geometry.pieces)))()
     count = 0
-    for row in range(geometry.rows):
+    for row in range(part * rows, (part + 1) * rows):
         for index, (piece, start) in enumerate(zip(geometry.pieces, geometry.starts, strict=False)):
             if piece.n % code.block or piece.n < 0:
                 raise ValueError(
@@ -248,10 +271,11 @@ def _table(text: str, code: Code) -> _Prepared:
                     f"row {row} of parameter {index} holds {valid} values from {at} on: valid: up to {piece.n} of its {piece.numel}"
                 )
             joint = row * geometry.width + start if geometry.flat else start + at
-            runs[count] = _Run(index, piece.n, valid, row * records[-1] + records[index], at, joint)
+            record = (row - part * rows) * records[-1] + records[index]
+            runs[count] = _Run(index, piece.n, valid, record, at, joint)
             count += 1
     table = _Table(
-        runs, count, geometry.rows * records[-1], code.block,
+        runs, count, rows * records[-1], code.block,
         _KINDS.get(code.kind, -1), _SCALES[code.scale], code.rounding == "stochastic", 0,
     )  # fmt: skip
     return _Prepared(ctypes.addressof(table), table.bytes, table)

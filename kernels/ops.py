@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zcompile.kernels import reference
+from zcompile.kernels import peers, reference
 from zcompile.kernels.code import Code
 from zcompile.kernels.geometry import Geometry
 
@@ -23,6 +23,7 @@ _SIGNATURES = {
     "reduce": "(Tensor message, int parts, Tensor[] mains, str geometry, str code) -> Tensor",
     "requantize": "(Tensor message, int parts, str geometry, str code, str into) -> Tensor",
     "accumulate": "(Tensor message, int parts, Tensor(a!)[] mains, str geometry, str code) -> ()",
+    "peer_gather": "(Tensor copy, int size, str role, str geometry, str code, ScalarType dtype) -> Tensor",
     "quantize_delta": "(Tensor x, Tensor image, str geometry, str code) -> Tensor",
     "apply_delta": "(Tensor(a!) image, Tensor message, str geometry, str code) -> ()",
 }
@@ -34,6 +35,7 @@ dequantize = torch.ops.zcompile_kernels.dequantize
 reduce = torch.ops.zcompile_kernels.reduce
 requantize = torch.ops.zcompile_kernels.requantize
 accumulate = torch.ops.zcompile_kernels.accumulate
+peer_gather = torch.ops.zcompile_kernels.peer_gather
 quantize_delta = torch.ops.zcompile_kernels.quantize_delta
 apply_delta = torch.ops.zcompile_kernels.apply_delta
 
@@ -81,6 +83,11 @@ def _accumulate(message: Tensor, parts: int, mains: Sequence[Tensor], geometry: 
     implementation(message.device, how).accumulate(message, parts, mains, Geometry.parse(geometry), how)
 
 
+def _peer_gather(copy: Tensor, size: int, role: str, geometry: str, code: str, dtype: torch.dtype) -> Tensor:
+    """`size` and `role` are for those who read the graph: how many ranks' memory is read, and over which level."""
+    return peers.gather(copy, geometry, code, dtype)
+
+
 def _quantize_delta(x: Tensor, image: Tensor, geometry: str, code: str) -> Tensor:
     how = Code.parse(code)
     found: Tensor = implementation(x.device, how).quantize_delta(x, image, Geometry.parse(geometry), how)
@@ -109,6 +116,10 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "reduce": (_reduce, lambda message, parts, mains, geometry, code: _fp32(message, geometry)),
     "requantize": (_requantize, lambda message, parts, geometry, code, into: _message(message, geometry, into)),
     "accumulate": (_accumulate, lambda message, parts, mains, geometry, code: None),
+    "peer_gather": (
+        _peer_gather,
+        lambda copy, size, role, geometry, code, dtype: copy.new_empty(Geometry.parse(geometry).size, dtype=dtype),
+    ),
     "quantize_delta": (_quantize_delta, lambda x, image, geometry, code: _message(x, geometry, code)),
     "apply_delta": (_apply_delta, lambda image, message, geometry, code: None),
 }

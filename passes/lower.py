@@ -27,6 +27,7 @@ from zcompile.passes.nodes import (
     COLLECTIVES,
     GATHER,
     PART,
+    PEER_GATHER,
     REDUCE,
     SEMANTIC,
     SUM,
@@ -79,7 +80,7 @@ def check(gm: GraphModule, context: Context) -> None:
 
 def _wire_of(collective: Node, spec: ParamSpec) -> WireFormat:
     """The format that the plan gives the hop of a collective; its role says which hop it is."""
-    *_, level, transfer = next(arg for arg in reversed(collective.args) if isinstance(arg, str)).split(".")
+    *_, level, transfer = next(arg for arg in collective.args if isinstance(arg, str)).split(".")
     wires: tuple[str, ...] = getattr(spec, transfer)
     return WireFormat.parse(wires[spec.levels.index(level)])
 
@@ -100,7 +101,7 @@ class _Lowering:
         def gather(copy: torch.Tensor) -> list[torch.Tensor]:
             if wait:
                 copy = torch.ops._c10d_functional.wait_tensor(copy)
-            wholes = transfers.gather(transfers.columns(copy, specs), specs)
+            wholes = transfers.gather(copy, specs)
             return [whole.clone() for whole in wholes] if copies else wholes  # an output may not be a view of a copy
 
         wholes = self._insert(gather, ("gather", wait, copies), [group[0].args[1]], specs, group[0])
@@ -200,7 +201,7 @@ class _Lowering:
                     args, kwargs = map_arg((copied.args, copied.kwargs), lambda n: n.meta["val"])
                     copied.meta = {k: v for k, v in anchor.meta.items() if k in _INHERITED}
                     copied.meta["val"] = cast(Any, copied.target)(*args, **kwargs)
-                    if node.target in COLLECTIVES:
+                    if node.target in (*COLLECTIVES, PEER_GATHER):
                         copied.meta["zc_parameters"] = names
                         wire = _wire_of(copied, specs[0])
                         if wire.quantized:

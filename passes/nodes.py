@@ -29,6 +29,8 @@ DEQUANTIZE = _kernels.dequantize.default
 SUM = _kernels.reduce.default
 REQUANTIZE = _kernels.requantize.default
 ACCUMULATE_INTO = _kernels.accumulate.default
+PEER_GATHER = _kernels.peer_gather.default
+"""Reads the compute copies of a level's ranks where they lie. No message: it waits for nobody, as the wait on its copy has done so."""
 QUANTIZERS = (QUANTIZE, DEQUANTIZE, SUM, REQUANTIZE, ACCUMULATE_INTO)
 COLLECTIVES = (ALL_GATHER, ALL_TO_ALL)
 WIRE = "zc_wire"
@@ -44,7 +46,12 @@ VIEWS_AND_CASTS = {
     aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.alias.default, aten.detach.default,
     aten.clone.default, aten._to_copy.default, aten.as_strided.default, aten.split.Tensor, aten.unbind.int,
     aten.split_with_sizes.default, torch.ops.prims.convert_element_type.default, torch.ops.zcompile_kernels.dequantize.default,
+    torch.ops.zcompile_kernels.peer_gather.default,
 }  # fmt: skip
+
+
+TRAFFIC = (*COLLECTIVES, PEER_GATHER)
+"""What brings bytes from other ranks, and has an entry in a graph's list."""
 
 
 def find(graph: Graph, *targets: Any) -> list[Node]:
@@ -114,6 +121,12 @@ class Collective:
 def collective_of(node: Node) -> Collective:
     """What a collective node sends: read from its arguments and its output's shape, not from the plan."""
     value = node.meta["val"]
+    if node.target is PEER_GATHER:
+        copy, ranks, role = cast(Any, node.args[:3])
+        *_, level, transfer = role.split(".")
+        names = tuple(node.meta.get("zc_parameters", ()))
+        received = (ranks - 1) * copy.meta["val"].numel()
+        return Collective(level, transfer, "peer_read", "uint8", received, names, node.meta.get(WIRE, ""))
     if node.target is ALL_GATHER:
         size, role, op = node.args[1], node.args[2], "all_gather"
     else:

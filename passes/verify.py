@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from zcompile import cost
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import ALL_GATHER, COLLECTIVES, WAIT, WHOLE, collective_of, derived, find
+from zcompile.passes.nodes import ALL_GATHER, COLLECTIVES, PEER_GATHER, TRAFFIC, WAIT, WHOLE, collective_of, derived, find
 
 NAME = "verify"
 
@@ -50,7 +50,7 @@ def check(gm: GraphModule, context: Context) -> None:
 def traffic(gm: GraphModule) -> cost.Bytes:
     """(level, transfer) -> bytes one rank receives, from the collective nodes; a sync's way back counts as sync."""
     total: cost.Bytes = {}
-    for node in find(gm.graph, *COLLECTIVES):
+    for node in find(gm.graph, *TRAFFIC):
         entry = collective_of(node)
         transfer = "sync" if entry.transfer == "back" else entry.transfer
         cost.add(total, {(entry.level, transfer): entry.bytes})
@@ -61,7 +61,7 @@ def _check_saved(gm: GraphModule) -> None:
     output = next(node for node in gm.graph.nodes if node.op == "output")
     visible = set(output.meta.get("user_visible_output_idxs", ()))
     wholes = [node for node in gm.graph.nodes if WHOLE in node.meta]
-    gathered = derived(wholes + [user for node in find(gm.graph, ALL_GATHER) for user in node.users])
+    gathered = derived(wholes + find(gm.graph, PEER_GATHER) + [user for node in find(gm.graph, ALL_GATHER) for user in node.users])
     for index, value in enumerate(output.args[0]):
         if index not in visible and value in gathered:
             raise AssertionError(f"{value.format_node()} is saved for backward and derives from a gather")

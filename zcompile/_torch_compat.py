@@ -247,6 +247,18 @@ class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", object)):  # t
         return "zcompile: launches and waits in order"
 
 
+def symmetric_memory(size: int, device: torch.device, group: str) -> tuple[Tensor, list[int]]:
+    """[size] uint8 that all ranks of the named group can read, and where each rank's lies in this device's memory, in group order
+    (2.13: torch.distributed._symmetric_memory). RuntimeError where the devices cannot reach one another.
+    """
+    from torch.distributed import _symmetric_memory
+
+    buffer = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+    buffer.zero_()
+    handle = _symmetric_memory.rendezvous(buffer, group)
+    return buffer, [int(pointer) for pointer in handle.buffer_ptrs]
+
+
 def select_decomp_table() -> Mapping[Any, Any]:
     from torch._inductor.decomposition import select_decomp_table as select
 

@@ -34,7 +34,7 @@ from zcompile.engine import Engine, current_engine
 from zcompile.options import Options
 from zcompile.passes import pin, runner
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import COLLECTIVES, collective_of, find
+from zcompile.passes.nodes import TRAFFIC, collective_of, find
 from zcompile.passes.verify import traffic
 from zcompile.program import Program
 
@@ -114,7 +114,7 @@ class Compilation:
                 dict(details["get_decomp_fn"]()) if "get_decomp_fn" in details else default_decompositions()
             )
         runner.run(gm, passes.LOWERED, context, self.observer)
-        collectives = [collective_of(node) for node in find(gm.graph, *COLLECTIVES)]
+        collectives = [collective_of(node) for node in find(gm.graph, *TRAFFIC)]
         order, compiled = pin.order(gm), traffic(gm)
         begin, misses = time.perf_counter(), code_cache_misses()
         code = self._generate(gm, example_inputs, details, order) if self.options.codegen else boxed(gm)

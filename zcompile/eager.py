@@ -54,7 +54,7 @@ def whole(slot: Slot, call: Any) -> Tensor:
     if needs_wait(spec):
         copy = torch.ops._c10d_functional.wait_tensor(copy)
     call.engine.traffic.op("gather", spec)
-    out = transfers.gather(transfers.columns(copy, [spec]), [spec])[0]
+    out = transfers.gather(copy, [spec])[0]
     storage = out.untyped_storage()
     if storage._cdata != copy.untyped_storage()._cdata:
         call.wholes[storage._cdata] = (StorageWeakRef(storage), slot)

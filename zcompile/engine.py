@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import transfers
+from zcompile import peers, transfers
 from zcompile._torch_compat import all_gather, many_graphs, wrap_local
 from zcompile.agreement import pack_flags, set_anywhere
 from zcompile.eager import flush, keep_wholes_out
@@ -94,6 +94,7 @@ class Engine:
         self.coordinates = tuple(runtime.coordinates)
         mesh = runtime.mesh(self.device.type if self.device.type != "meta" else "cpu")
         self.units, self.slots = build(model, plan, mesh, self.coordinates, self.key, compute)
+        peers.share(self.units, runtime, self.device)
         for slot in self.slots:
             if slot.master.requires_grad:
                 widths = slot.spec.feedback_widths().items()

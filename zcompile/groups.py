@@ -248,7 +248,7 @@ class Communicators:
         """How a group made here swaps messages if gloo does it; None where torch's collectives are to be used."""
         if self.fake or self.device.type != "cpu" or not 1 < group.size() <= MOST_MEMBERS:
             return None
-        return self._swaps.setdefault(group, Swap(group))
+        return self._swaps.setdefault(group, Swap(group, self.collective_timeout))
 
     def _make(self, ranks: list[int], level: str, lane: str, backend: str | None) -> dist.ProcessGroup:
         subject = f"level `{level}`, lane `{lane}`, ranks {ranks}"

@@ -175,6 +175,7 @@ class ParamSpec:
         gather, reduce, sync, back, refresh: wire format (`WireFormat.text`), one per level.
         block: what its shards are padded to a multiple of, for quantisation; 1 for none.
         feedback: beta of the error feedback of its gradient, None for none.
+        peer: whether a gather reads the copies of the other ranks where they lie: see `peer_level`.
         unit: which unit's buffers hold it; `offset` and `unit_shard` say where: columns [offset, offset + shard) of unit_shard.
         record, unit_record: the same of a compute copy that is stored as codes, in bytes.
     """
@@ -200,6 +201,7 @@ class ParamSpec:
     feedback: float | None = None
     record: int = 0
     unit_record: int = 0
+    peer: bool = False
 
     @cached_property
     def layout(self) -> Layout:
@@ -212,6 +214,12 @@ class ParamSpec:
             if self.sizes[level - 1] > 1 and self.layout.numel:
                 return WireFormat.parse(self.gather[level - 1])
         return WireFormat.parse(COMPUTE_FORMATS[self.compute])
+
+    @cached_property
+    def peer_level(self) -> int:
+        """The level whose ranks' memory a gather reads directly; 0 if it is sent messages: where nothing is quantised, or nothing gathered."""
+        hops = [level for level in range(1, self.w + 1) if self.sizes[level - 1] > 1]
+        return hops[0] if self.peer and len(hops) == 1 and self.layout.numel and self.stored.quantized else 0
 
     @cached_property
     def delta(self) -> bool:
@@ -274,7 +282,7 @@ class ParamSpec:
         """Parameters with equal chains can share messages: same placements, formats and levels."""
         return (
             self.topology, self.w, self.g, self.o, self.compute, self.gather, self.reduce, self.sync, self.back, self.refresh,
-            self.block, self.feedback
+            self.block, self.feedback, self.peer
         )  # fmt: skip
 
 

@@ -45,15 +45,15 @@ torch.library.define("zcompile::sync", "(Tensor total, str spec) -> Tensor")
 
 
 def needs_wait(spec: ParamSpec) -> bool:
-    """True if the copy is not the master itself: a refresh writes it, and may be under way when a forward starts."""
-    return bool(spec.refresh_levels())
+    """True if a refresh may be under way when a forward starts: it sends something, or others read what it writes."""
+    return bool(spec.refresh_levels() or spec.peer_level)
 
 
 def _gather(leaf: Tensor, copy: Tensor, main: Tensor | None, errors: list[Tensor], spec: str, phase: str) -> Tensor:
     param = ParamSpec.parse(spec)
     if needs_wait(param):
         copy = torch.ops._c10d_functional.wait_tensor(copy)
-    whole = transfers.gather(transfers.columns(copy, [param]), [param])[0]
+    whole = transfers.gather(copy, [param])[0]
     # A functional op may not return a view of its input.
     shared = whole.untyped_storage()._cdata == copy.untyped_storage()._cdata
     return whole.clone() if shared else whole

@@ -186,6 +186,7 @@ def _group(
         fields = {
             "name": name, "shape": shape, "sizes": sizes, "levels": plan.topology.names, "topology": plan.topology.key,
             "w": w, "g": g, "o": o, "compute": text, **formats, "block": wires.block, "feedback": plan.plan.error_feedback,
+            "peer": plan.plan.peer_gather,
         }  # fmt: skip
         key = (
             blocks[module], w, g, o, dtype, parameter.requires_grad, len(shape) > 1, parameter.device, wires,

@@ -99,6 +99,8 @@ class Plan:
     full_refresh_every: after so many delta refreshes in a row a full one (0: after other writes only).
     error_feedback: None, or beta in [0, 1): what quantising a gradient loses on this rank is added to its next one. The state is
     beta times the old one and 1 - beta times the new loss (LoCo's moving average; 0: the loss itself).
+    peer_gather: gathers read the quantised copies of the other ranks where they lie in memory, without messages: shared memory of a host
+    on CPUs, symmetric memory on GPUs. For weights over one level of ranks that can see one another's memory, and quantised gathers.
     bucket_bytes: the size that a message aims at.  name: a label.
 
     Order is checked here where names are on the canonical ladder, and for all names in `resolve`.
@@ -116,6 +118,7 @@ class Plan:
     back: Formats | None = None
     full_refresh_every: int = 0
     error_feedback: float | None = None
+    peer_gather: bool = False
     rules: tuple[Rule, ...] = ()
     bucket_bytes: int = 25 * 2**20
     name: str = "custom"
@@ -143,6 +146,8 @@ class Plan:
             raise ValueError(f"full_refresh_every={every!r}: must be a number of delta refreshes, or 0 for never")
         if beta is not None and (isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta < 1):
             raise ValueError(f"error_feedback={beta!r}: must be None, or a number from 0 up to, not including, 1")
+        if not isinstance(self.peer_gather, bool):
+            raise ValueError(f"peer_gather={self.peer_gather!r}: must be True or False")
         if isinstance(self.rules, (str, Rule)) or not isinstance(self.rules, Iterable):
             raise ValueError(f"rules={self.rules!r}: must be a sequence of Rule")
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -215,6 +220,21 @@ class ResolvedPlan:
                         valid = ", ".join(dict.fromkeys((*self.topology.names, *LADDER)))
                         raise ValueError(f"{what}{transfer} names the unknown level {level!r}; valid: {valid}")
                 self.formats(transfer, rule=rule)
+        if self.plan.peer_gather:
+            self._check_peers()
+
+    def _check_peers(self) -> None:
+        """peer_gather=True has something to read, and one level to read it over."""
+        names, sizes = self.topology.names, self.topology.sizes
+        over = [name for name, size in list(zip(names, sizes, strict=True))[: self.weights] if size > 1]
+        if len(over) > 1:
+            raise ValueError(
+                f"peer_gather=True with weights over {' and '.join(over)}: ranks of one level read one another's memory; "
+                f"valid: weights={over[0]!r}, or peer_gather=False"
+            )
+        if over and not self.formats("gather")[names.index(over[0])].quantized:
+            wire = self.formats("gather")[names.index(over[0])].short
+            raise ValueError(f"peer_gather=True with gather={wire!r}: it reads codes; valid: gather='int8', 'int4', wire='paper'")
 
     @property
     def weights(self) -> int:
@@ -341,6 +361,8 @@ class ResolvedPlan:
             lines.append(f"  {'full:':<11}a refresh after every write that is no optimizer step{every}")
         if self.plan.error_feedback is not None:
             lines.append(f"  {'feedback:':<11}beta {self.plan.error_feedback:g}, where gradients are quantised")
+        if self.plan.peer_gather:
+            lines.append(f"  {'peer:':<11}gathers of quantised weights read the other ranks' memory")
         lines.append(f"  {'bucket:':<11}{self.plan.bucket_bytes} bytes")
         return "\n".join(lines)
 

@@ -7,10 +7,14 @@ way. Chains of several hops need somebody to launch the next hop when one has fi
 Note [Refresh uses the gradient lane]: the gather lane of a level may be busy with this forward's gathers at any time, in an order that
 the graph fixes; a refresh runs beside them in an order that only time fixes. Two orders on one process group would differ between
 ranks. Reductions use the other lane in backward only, and every refresh is over by the end of the forward.
+
+Note [Barriers]: where gathers read the copies of other ranks in their memory (peer_gather), nobody writes a copy before all that read it
+have come to the next refresh, and a copy's refresh is over, for whoever waits for it, when all of them have written theirs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -44,6 +48,20 @@ def run_hops(unit: Unit, full: bool = True) -> None:
         native = WireFormat.parse(COMPUTE_FORMATS[first.compute])
         geometry = transfers.flat_geometry(rows, unit.specs)
         unit.copy.copy_(transfers.convert(unit.image.view(-1), native, first.stored, geometry))
+
+
+def barriers(units: Iterable[Unit]) -> dict[tuple[str, str], int]:
+    """(level name, "barrier") -> bytes that one rank receives, in the refresh of `units`, so that others may read their copies."""
+    found: dict[tuple[str, str], int] = {}
+    first: set[int] = set()
+    for unit in units:
+        level = unit.first.peer_level
+        if level:
+            key = (unit.first.levels[level - 1], "barrier")
+            times = 1 + (level not in first)  # after each write, and once before the first
+            found[key] = found.get(key, 0) + times * (unit.first.sizes[level - 1] - 1)
+            first.add(level)
+    return found
 
 
 def sent(unit: Unit, full: bool) -> dict[int, int]:
@@ -98,13 +116,18 @@ class Refresher:
 
         A unit's `seen` is the version of the master that its copy will hold. On the meta device there is nothing to bring.
         """
+        ready: set[int] = set()
         for unit in units:
             unit.seen = unit.stepped = unit.version
             unit.foreign = False
             unit.deltas = 0 if unit in full else unit.deltas + 1
             if unit.master.is_meta:
                 continue
-            if not unit.refresh_hops():
+            level = unit.first.peer_level
+            if level and level not in ready:
+                ready.add(level)
+                self._put(functools.partial(_quietly, transfers.barrier, unit.first, self._device))
+            if not unit.refresh_hops() and not level:
                 with torch.no_grad():
                     run_hops(unit)
                 continue
@@ -113,12 +136,16 @@ class Refresher:
             )
             register_future(unit.copy, future)
             self._futures.append(future)
-            if self._stream is None:
-                _WORKER.put(functools.partial(_run, unit, unit in full, future))
-            else:
-                self._stream.wait_stream(torch.cuda.current_stream(self._device))
-                with torch.cuda.stream(self._stream):
-                    _run(unit, unit in full, future)
+            self._put(functools.partial(_run, unit, unit in full, future))
+
+    def _put(self, job: Callable[[], None]) -> None:
+        """Run after what was put before it: on the thread, or here on the side stream."""
+        if self._stream is None:
+            _WORKER.put(job)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            job()
 
     def drain(self) -> None:
         """Wait for every refresh that was launched: one that no forward read included. Raises what a refresh raised."""
@@ -127,10 +154,18 @@ class Refresher:
             future.wait()
 
 
+def _quietly(job: Callable[..., None], *arguments: object) -> None:
+    """A barrier that fails is one that the next one on its group fails at too: that one has a future to tell."""
+    with contextlib.suppress(Exception):
+        job(*arguments)
+
+
 def _run(unit: Unit, full: bool, future: torch.futures.Future[Tensor]) -> None:
     try:
         with torch.no_grad():
             run_hops(unit, full)
+            if unit.first.peer_level:
+                transfers.barrier(unit.first, unit.copy.device)
     except Exception as error:
         future.set_exception(error)  # type: ignore[arg-type]
     else:

@@ -41,8 +41,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-TRANSFERS = ("gather", "reduce", "sync", "refresh", "back")
-LANES = {"gather": "weights", "reduce": "grads", "sync": "grads", "refresh": "grads", "back": "grads"}
+TRANSFERS = ("gather", "reduce", "sync", "refresh", "back", "barrier")
+LANES = {"gather": "weights", "reduce": "grads", "sync": "grads", "refresh": "grads", "back": "grads", "barrier": "grads"}
 """transfer -> lane"""
 
 
@@ -73,6 +73,7 @@ class Runtime:
         self.once = Once()
         self.host = socket.gethostname()
         self._alone = communicators.fake or topology.world_size == 1
+        self.real = not communicators.fake
         self._tally = Tally()
         self._roles: dict[str, CountingGroup] = {}
         self._meshes: dict[str, DeviceMesh] = {}
@@ -140,6 +141,11 @@ class Runtime:
                 "has size 1: nothing travels over it"
             )
         return role_name(self.topology.key, self.topology.names[level - 1], transfer)
+
+    def count_reads(self, level: int) -> Callable[[int], None]:
+        """What a gather that reads other ranks' memory over `level` (1..m) tells: bytes, for the counters."""
+        name = self.topology.names[level - 1]
+        return lambda received: self._tally.add((name, "gather", "peer_read"), received)
 
     @property
     def counters(self) -> Counters:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,10 +25,15 @@ _TAGS = 1 << 20
 
 
 class Swap:
-    """The messages of one communicator. Every member calls the same methods in the same order: the call's number is its tag."""
+    """The messages of one communicator. Every member calls the same methods in the same order: the call's number is its tag.
 
-    def __init__(self, inner: dist.ProcessGroup):
+    Args:
+        timeout: seconds that a wait may take before it raises.
+    """
+
+    def __init__(self, inner: dist.ProcessGroup, timeout: float):
         self.inner = inner
+        self._timeout = timedelta(seconds=timeout)
         self._rank, self._size = inner.rank(), inner.size()
         self._calls = itertools.count()
 
@@ -47,14 +53,15 @@ class Swap:
         works: list[Any] = [self.inner.recv([out[other]], other, tag) for other in reversed(others)]
         works += [self.inner.send([parts[other]], other, tag) for other in others]
         out[self._rank].copy_(own)
-        return Exchange(works, out)
+        return Exchange(works, out, self._timeout)
 
 
 class Exchange(dist.Work):
     """One message in flight. Holds its tensors until it is over."""
 
-    def __init__(self, works: list[Any], result: Tensor):
+    def __init__(self, works: list[Any], result: Tensor, timeout: timedelta):
         super().__init__()
+        self._timeout = timeout
         self._works = works
         self._result = result
         self._lock = threading.Lock()
@@ -63,7 +70,7 @@ class Exchange(dist.Work):
         with self._lock:
             works, self._works = self._works, []
             for work in works:
-                work.wait() if timeout is None else work.wait(timeout)
+                work.wait(timeout or self._timeout)  # gloo's own default is that of the group's making
         return True
 
     def is_completed(self) -> bool:

@@ -78,7 +78,9 @@ class Traffic:
         cost.add(self._active.predicted, amount)
         cost.add(self._active.compiled, amount)
 
-    def refreshed(self, units: Iterable[Unit], full: Collection[Unit]) -> None:
+    def refreshed(self, units: Collection[Unit], full: Collection[Unit]) -> None:
+        for column in (self.step.predicted, self.step.compiled):
+            cost.add(column, refresh.barriers(units))
         for unit in units:
             for spec in unit.specs:
                 amount = cost.full_refresh_bytes(spec) if unit in full else cost.transfer_bytes(spec, "refresh")
@@ -108,7 +110,7 @@ class Traffic:
         for (level, transfer), bytes_ in now.items():
             delta = bytes_ - self._counted.mark.get((level, transfer), 0)
             if delta:
-                tally = self.step if transfer == "refresh" else self._active
+                tally = self.step if transfer in ("refresh", "barrier") else self._active
                 cost.add(tally.counted, {(level, "sync" if transfer == "back" else transfer): delta})
         self._counted.mark = now
 
@@ -116,10 +118,11 @@ class Traffic:
 def report(engine: Engine) -> dict[str, Any]:
     """`zcompile.ledger(model)`: the last whole step's bytes, {"levels": {level: {transfer: {column: bytes}}}}; zero rows included."""
     tally = engine.traffic.last or Tally()
+    met = any(transfer == "barrier" for column in COLUMNS for _, transfer in getattr(tally, column))
     levels = {
         level: {
             transfer: {column: getattr(tally, column).get((level, transfer), 0) for column in COLUMNS}
-            for transfer in cost.LEDGER_TRANSFERS
+            for transfer in (*cost.LEDGER_TRANSFERS, *(("barrier",) if met else ()))
         }
         for level in engine.plan.topology.names
     }

@@ -120,30 +120,54 @@ def _all_to_all(x: Tensor, size: int, role: str) -> Tensor:
     return _c10d.wait_tensor(_c10d.all_to_all_single(x, [n] * size, [n] * size, role))
 
 
-def gather(columns: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
+def gather(copy: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
     """Placement W down to whole.
 
     Args:
-        columns: [E_o / E_w, sum of shards (of records)], the compute copies of `specs` side by side.
-        specs: parameters with equal chains.
+        copy: the compute copy of the unit of `specs`: [E_o / E_w, unit_shard], or [.., unit_record] bytes.
+        specs: parameters of one unit, in its order.
 
     Returns:
         each whole parameter in its own shape and the compute dtype; quantised ones share one buffer.
     """
     first = specs[0]
+    if reads_peers(specs):
+        level, geometry = first.peer_level, whole_geometry(specs)
+        role, code = first.role(level, "gather"), first.stored.code.text
+        size = first.sizes[level - 1]
+        return _wholes(kernels.peer_gather(copy, size, role, geometry.text, code, dtype(first.compute)), geometry, specs)
     hops = ((level, first.gather[level - 1]) for level in range(first.w, 0, -1))
     rows = first.layout.shards // first.layout.extents[first.w]
-    x, have, rows = gather_hops(columns.reshape(-1), first.stored, hops, specs, "gather", rows)
+    x, have, rows = gather_hops(columns(copy, specs).reshape(-1), first.stored, hops, specs, "gather", rows)
     if have.quantized:
         geometry = whole_geometry(specs)
-        buffer = kernels.dequantize(x, geometry.text, have.code.text, dtype(first.compute))
-        return [
-            buffer.narrow(0, at, spec.layout.numel).view(spec.shape)
-            for at, spec in zip(geometry.starts, specs, strict=False)
-        ]
+        return _wholes(
+            kernels.dequantize(x, geometry.text, have.code.text, dtype(first.compute)), geometry, specs
+        )
     x = x.view(rows, -1)
     pieces = [x] if len(specs) == 1 else x.split([spec.layout.shard for spec in specs], dim=1)
     return [unpack(piece, spec.layout).to(dtype(spec.compute)) for piece, spec in zip(pieces, specs, strict=True)]
+
+
+def reads_peers(specs: Sequence[ParamSpec]) -> bool:
+    """Whether a gather of these reads the copies of other ranks directly: only whole units are, parts of one travel as messages."""
+    first = specs[0]
+    return bool(first.peer_level) and first.unit_record == sum(spec.stored.bytes(spec.layout.shard) for spec in specs)
+
+
+def _wholes(buffer: Tensor, geometry: Geometry, specs: Sequence[ParamSpec]) -> list[Tensor]:
+    """The parameters in the buffer that a kernel wrote."""
+    return [
+        buffer.narrow(0, at, spec.layout.numel).view(spec.shape)
+        for at, spec in zip(geometry.starts, specs, strict=False)
+    ]
+
+
+def barrier(spec: ParamSpec, device: torch.device) -> None:
+    """All ranks that read one another's copies of this parameter have come here: a byte from each to each."""
+    level = spec.peer_level
+    token = torch.zeros(1, dtype=torch.uint8, device=device)
+    _c10d.wait_tensor(_c10d.all_gather_into_tensor(token, spec.sizes[level - 1], spec.role(level, "barrier")))
 
 
 def refresh(master: Tensor, specs: Sequence[ParamSpec], full: bool = False) -> tuple[Tensor, WireFormat]:

@@ -26,7 +26,7 @@ from torch.fx import GraphModule
 from zcompile.cost import LEDGER_TRANSFERS
 from zcompile.debug import text
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import COLLECTIVES, collective_of, find
+from zcompile.passes.nodes import TRAFFIC, collective_of, find
 from zcompile.passes.verify import traffic
 
 _claimed: dict[tuple[int, str, int], Path] = {}
@@ -96,7 +96,7 @@ class Dump:
             for name in context.seconds
             if name != "codegen"
         ]
-        collectives = [collective_of(node) for node in find(gm.graph, *COLLECTIVES)]
+        collectives = [collective_of(node) for node in find(gm.graph, *TRAFFIC)]
         out = [context.name, "", *context.plan.describe().splitlines(), "", "passes", *done]
         if context.stage != "joint":
             out += ["", *_bytes(traffic(gm), context)]

@@ -1,0 +1,116 @@
+"""Compute copies in memory that the other ranks of a level read directly: shared memory of one host on CPUs, torch's symmetric memory
+on GPUs. For plans with peer_gather=True.
+
+On CPUs each rank makes one file in /dev/shm for all its copies, the others of its level map it, and the name is taken away again before
+anybody goes on: nothing is left behind by a rank that dies later. That all members see one another's files is the proof that they share
+a host; where one does not, every rank raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zcompile import _torch_compat as compat
+from zcompile.kernels import peers
+from zcompile.params import Unit
+from zcompile.runtime import Runtime
+
+FOLDER = Path("/dev/shm")
+ALIGNMENT = 64
+"""Bytes: where a unit's copy begins. A cache line, and more than a kernel's widest load."""
+
+
+class PeerMemoryError(RuntimeError):
+    """The ranks of a level cannot read one another's memory: names the level, the ranks and the reason."""
+
+
+def share(units: Sequence[Unit], runtime: Runtime, device: torch.device) -> None:
+    """Move the copies that gathers will read directly into shared memory, and register them. All ranks call it with equal units.
+
+    Raises:
+        PeerMemoryError: on all ranks alike.
+    """
+    levels = sorted({unit.first.peer_level for unit in units} - {0})
+    for level in levels:
+        chosen = [unit for unit in units if unit.first.peer_level == level]
+        starts, total = [], 0
+        for unit in chosen:
+            starts.append(total)
+            total += -(-unit.copy.numel() // ALIGNMENT) * ALIGNMENT
+        members = runtime.topology.group(runtime.rank, level)
+        rank, read = members.index(runtime.rank), runtime.count_reads(level)
+        if device.type == "cuda":
+            own, pointers = compat.symmetric_memory(total, device, runtime.role(level, "barrier"))
+            for unit, start in zip(chosen, starts, strict=True):
+                table = torch.tensor([pointer + start for pointer in pointers], dtype=torch.int64, device=device)
+                _register(unit, own[start : start + unit.copy.numel()], peers.Peers(rank, read, pointers=table))
+            continue
+        buffers = _regions(total, level, members, runtime) if device.type == "cpu" and runtime.real else None
+        for unit, start in zip(chosen, starts, strict=True):
+            size = unit.copy.numel()
+            parts = (
+                tuple(buffer[start : start + size] for buffer in buffers) if buffers else (unit.copy,) * len(members)
+            )
+            _register(unit, parts[rank], peers.Peers(rank, read, buffers=parts))
+
+
+def _register(unit: Unit, own: Tensor, entry: peers.Peers) -> None:
+    unit.copy = own
+    peers.register(own, entry)
+    weakref.finalize(unit, peers.forget, own)
+
+
+def _regions(total: int, level: int, members: Sequence[int], runtime: Runtime) -> list[Tensor]:
+    """The members' files, mapped: [total] uint8 each, zeros at first."""
+    name = runtime.topology.names[level - 1]
+    nonces = [row[0] for row in runtime.agreement.exchange([secrets.randbits(62)], step="sharing of memory")]
+    paths = [FOLDER / f"zcompile-{nonce:016x}" for nonce in nonces]
+    mine = paths[runtime.rank]
+    try:
+        failure = _make(mine, total)
+        failures = [row[0] for row in runtime.agreement.exchange([failure], step="sharing of memory")]
+        bad = [rank for rank, code in enumerate(failures) if code]
+        if bad:
+            reason = os.strerror(failures[bad[0]])
+            raise PeerMemoryError(
+                f"peer_gather over `{name}`: rank {bad[0]} cannot make {total} bytes in {FOLDER}: {reason}. Make it larger (containers "
+                "often have 64 MB), or leave peer_gather out"
+            )
+        unseen = next((rank for rank in members if not paths[rank].exists()), -1)
+        answers = [row[0] for row in runtime.agreement.exchange([unseen], step="sharing of memory")]
+        blind = [rank for rank, answer in enumerate(answers) if answer >= 0]
+        if blind:
+            raise PeerMemoryError(
+                f"peer_gather over `{name}`: rank {blind[0]} does not see the memory of rank {answers[blind[0]]}: the ranks of that level "
+                "must be on one host. Take a plan whose weights are inside a host, or leave peer_gather out"
+            )
+        mapped = [torch.from_file(str(paths[rank]), shared=True, size=total, dtype=torch.uint8) for rank in members]
+        runtime.agreement.exchange([0], step="sharing of memory")  # all have mapped: the names may go
+        return mapped
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            mine.unlink()
+
+
+def _make(path: Path, total: int) -> int:
+    """A file of that many bytes that are really there; 0, or the number of the error."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        return error.errno or errno.EIO
+    try:
+        os.posix_fallocate(handle, 0, max(total, 1))
+    except OSError as error:
+        return error.errno or errno.EIO
+    finally:
+        os.close(handle)
+    return 0
