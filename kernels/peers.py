@@ -12,13 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zcompile.kernels import reference
+from zcompile.kernels.code import Code
+from zcompile.kernels.geometry import Geometry
+
 
 @dataclass(frozen=True)
 class Peers:
     """The equal buffers of a level's ranks, in group order.
 
     Attributes:
-        buffers: on CPUs: each rank's, mapped into this process; this rank's own is among them.
+        buffers: each rank's, mapped into this process; this rank's own is among them.
         pointers: on GPUs: [ranks] int64, where each lies in the memory of this device.
         rank: this rank's place among them.
         read: called with the bytes of other ranks that one gather reads.
@@ -26,7 +30,7 @@ class Peers:
 
     rank: int
     read: Callable[[int], None]
-    buffers: tuple[Tensor, ...] = ()
+    buffers: tuple[Tensor, ...]
     pointers: Tensor | None = None
 
 
@@ -54,13 +58,16 @@ def of(buffer: Tensor) -> Peers:
 
 
 def gather(copy: Tensor, geometry: str, code: str, dtype: torch.dtype) -> Tensor:
-    """The messages in the copies of all ranks of a level -> what `dequantize` makes of them, one behind another."""
-    from zcompile.kernels.code import Code
-    from zcompile.kernels.geometry import Geometry
+    """What lies in the copies of all ranks of a level, one behind another -> whole parameters in one buffer, at `geometry.starts`.
 
-    peers, how, where = of(copy), Code.parse(code), Geometry.parse(geometry)
-    ranks = len(peers.buffers) if peers.pointers is None else len(peers.pointers)
-    peers.read(copy.numel() * (ranks - 1))
+    Args:
+        code: that of the records in the copies, which are dequantised; "" for plain rows of values, which are copied.
+    """
+    peers, where = of(copy), Geometry.parse(geometry)
+    peers.read(copy.numel() * copy.itemsize * (len(peers.buffers) - 1))
+    if not code:
+        return _copy(peers, where, dtype)
+    how = Code.parse(code)
     if peers.pointers is not None:
         from zcompile.kernels import gpu
 
@@ -69,6 +76,21 @@ def gather(copy: Tensor, geometry: str, code: str, dtype: torch.dtype) -> Tensor
         from zcompile.kernels import cpu
 
         return cpu.peer_gather(peers.buffers, where, how, dtype, peers.rank)
-    from zcompile.kernels import reference
-
     return reference.dequantize(torch.cat(peers.buffers), where, how, dtype)
+
+
+def _copy(peers: Peers, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(geometry.size, dtype=dtype, device=peers.buffers[0].device)
+    each, ranks = geometry.rows // len(peers.buffers), len(peers.buffers)
+    for part in (*range(peers.rank, ranks), *range(peers.rank)):  # not all begin with the same one
+        rows, at = peers.buffers[part].view(each, geometry.width), 0
+        for piece, start in zip(geometry.pieces, geometry.starts, strict=False):
+            values, first = rows.narrow(1, at, piece.n), part * each
+            at += piece.n
+            if not piece.spans:
+                out.narrow(0, start + first * piece.n, each * piece.n).view(each, piece.n).copy_(values)
+                continue
+            for row in range(each):
+                begin, valid = piece.span(first + row)
+                out.narrow(0, start + begin, valid).copy_(values[row, :valid])
+    return out

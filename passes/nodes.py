@@ -125,8 +125,9 @@ def collective_of(node: Node) -> Collective:
         copy, ranks, role = cast(Any, node.args[:3])
         *_, level, transfer = role.split(".")
         names = tuple(node.meta.get("zc_parameters", ()))
-        received = (ranks - 1) * copy.meta["val"].numel()
-        return Collective(level, transfer, "peer_read", "uint8", received, names, node.meta.get(WIRE, ""))
+        value = copy.meta["val"]
+        received, dtype = (ranks - 1) * value.numel() * value.itemsize, str(value.dtype).removeprefix("torch.")
+        return Collective(level, transfer, "peer_read", dtype, received, names, node.meta.get(WIRE, ""))
     if node.target is ALL_GATHER:
         size, role, op = node.args[1], node.args[2], "all_gather"
     else:

@@ -247,8 +247,8 @@ class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", object)):  # t
         return "zcompile: launches and waits in order"
 
 
-def symmetric_memory(size: int, device: torch.device, group: str) -> tuple[Tensor, list[int]]:
-    """[size] uint8 that all ranks of the named group can read, and where each rank's lies in this device's memory, in group order
+def symmetric_memory(size: int, device: torch.device, group: str) -> tuple[list[Tensor], list[int]]:
+    """Every rank's [size] uint8, readable from here, and where it lies in this device's memory; in the order of the named group
     (2.13: torch.distributed._symmetric_memory). RuntimeError where the devices cannot reach one another.
     """
     from torch.distributed import _symmetric_memory
@@ -256,7 +256,7 @@ def symmetric_memory(size: int, device: torch.device, group: str) -> tuple[Tenso
     buffer = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
     buffer.zero_()
     handle = _symmetric_memory.rendezvous(buffer, group)
-    return buffer, [int(pointer) for pointer in handle.buffer_ptrs]
+    return [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(handle.world_size)], list(handle.buffer_ptrs)
 
 
 def select_decomp_table() -> Mapping[Any, Any]:

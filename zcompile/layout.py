@@ -217,9 +217,11 @@ class ParamSpec:
 
     @cached_property
     def peer_level(self) -> int:
-        """The level whose ranks' memory a gather reads directly; 0 if it is sent messages: where nothing is quantised, or nothing gathered."""
+        """The level whose ranks' memory a gather reads directly. 0: it is sent messages, because the plan says so, or because its ranks are
+        those of several levels, or the copy is the master itself."""
         hops = [level for level in range(1, self.w + 1) if self.sizes[level - 1] > 1]
-        return hops[0] if self.peer and len(hops) == 1 and self.layout.numel and self.stored.quantized else 0
+        master = self.stored.text == "fp32" and self.layout.extents[self.w] == self.layout.shards
+        return hops[0] if self.peer and len(hops) == 1 and self.layout.numel and not master else 0
 
     @cached_property
     def delta(self) -> bool:

@@ -1,6 +1,6 @@
 """Masters, compute copies and main grads: the buffers behind a wrapped model's parameters, grouped into units.
 
-A *unit* is a run of parameters of one block with equal placements and formats; its masters lie side by side in one fp32 buffer, its
+A *unit* is a run of parameters of one block (vectors: of several) with equal placements and formats; its masters lie side by side in one fp32 buffer, its
 compute copies in another, so that a unit is one message without a copy in. A *slot* is one parameter: its spec, its master (an
 `nn.Parameter` holding a DTensor whose local tensor is a view of the unit's buffer) and what a forward reads.
 
@@ -27,6 +27,9 @@ from zcompile.plan import TRANSFERS, ResolvedPlan
 from zcompile.wire import COMPUTE_FORMATS
 
 MASTER = torch.float32
+VECTOR_BYTES = 1 << 20
+"""What a message of vectors (biases, norms) may grow to. Alone, those of a block are a few KB, whose cost is all latency; together, they
+are gathered a few blocks earlier, which this bounds."""
 
 
 @dataclass(eq=False)
@@ -175,6 +178,7 @@ def _group(
     open_runs: dict[object, list[tuple[nn.Parameter, dict[str, Any]]]] = {}
     order: list[list[tuple[nn.Parameter, dict[str, Any]]]] = []
     filled: dict[object, int] = {}
+    visit: tuple[object, int] = (None, 0)
     for parameter, owners in named_owners(model).items():
         name, module, _ = owners[0]
         shape = tuple(parameter.shape)
@@ -188,11 +192,15 @@ def _group(
             "w": w, "g": g, "o": o, "compute": text, **formats, "block": wires.block, "feedback": plan.plan.error_feedback,
             "peer": plan.plan.peer_gather,
         }  # fmt: skip
-        key = (
-            blocks[module], w, g, o, dtype, parameter.requires_grad, len(shape) > 1, parameter.device, wires,
-        )  # fmt: skip
+        vector = len(shape) <= 1
+        if not vector and blocks[module] != visit[0]:
+            # What comes back to a block after others (an embedding, then the head) is used at another time than what came before.
+            visit = (blocks[module], visit[1] + 1)
+        # Of vectors a block has too few for a message: they travel with those of the next blocks.
+        block, limit = (None, min(VECTOR_BYTES, plan.plan.bucket_bytes)) if vector else (visit, plan.plan.bucket_bytes)
+        key = (block, w, g, o, dtype, parameter.requires_grad, vector, parameter.device, wires)
         size = parameter.numel() * dtype.itemsize
-        if key not in open_runs or (filled[key] + size > plan.plan.bucket_bytes and filled[key]):
+        if key not in open_runs or (filled[key] + size > limit and filled[key]):
             open_runs[key] = []
             filled[key] = 0
             order.append(open_runs[key])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zcompile import _torch_compat as compat
 from zcompile.kernels import peers
-from zcompile.params import Unit
+from zcompile.params import Unit, at_start
 from zcompile.runtime import Runtime
 
 FOLDER = Path("/dev/shm")
@@ -45,25 +45,28 @@ def share(units: Sequence[Unit], runtime: Runtime, device: torch.device) -> None
         starts, total = [], 0
         for unit in chosen:
             starts.append(total)
-            total += -(-unit.copy.numel() // ALIGNMENT) * ALIGNMENT
+            total += -(-unit.copy.numel() * unit.copy.itemsize // ALIGNMENT) * ALIGNMENT
         members = runtime.topology.group(runtime.rank, level)
         rank, read = members.index(runtime.rank), runtime.count_reads(level)
+        regions: list[Tensor] = []
+        pointers: list[int] = []
         if device.type == "cuda":
-            own, pointers = compat.symmetric_memory(total, device, runtime.role(level, "barrier"))
-            for unit, start in zip(chosen, starts, strict=True):
-                table = torch.tensor([pointer + start for pointer in pointers], dtype=torch.int64, device=device)
-                _register(unit, own[start : start + unit.copy.numel()], peers.Peers(rank, read, pointers=table))
-            continue
-        buffers = _regions(total, level, members, runtime) if device.type == "cpu" and runtime.real else None
+            regions, pointers = compat.symmetric_memory(total, device, runtime.role(level, "barrier"))
+        elif device.type == "cpu" and runtime.real:
+            regions = _regions(total, level, members, runtime)
         for unit, start in zip(chosen, starts, strict=True):
-            size = unit.copy.numel()
-            parts = (
-                tuple(buffer[start : start + size] for buffer in buffers) if buffers else (unit.copy,) * len(members)
-            )
-            _register(unit, parts[rank], peers.Peers(rank, read, buffers=parts))
+            size = unit.copy.numel() * unit.copy.itemsize
+            parts = tuple(region[start : start + size].view(unit.copy.dtype) for region in regions)
+            parts = parts or (unit.copy,) * len(members)  # on paper (a fake group, the meta device) all are this one
+            table = [pointer + start for pointer in pointers]
+            where = torch.tensor(table, dtype=torch.int64, device=device) if table else None
+            _register(unit, parts[rank], peers.Peers(rank, read, parts, where))
 
 
 def _register(unit: Unit, own: Tensor, entry: peers.Peers) -> None:
+    own = at_start(own)  # a storage of its own: torch keeps what is to be waited for by storage
+    if unit.image is not None and not unit.coded:  # the image is the copy
+        unit.image = own.view(unit.image.shape)
     unit.copy = own
     peers.register(own, entry)
     weakref.finalize(unit, peers.forget, own)

@@ -99,8 +99,8 @@ class Plan:
     full_refresh_every: after so many delta refreshes in a row a full one (0: after other writes only).
     error_feedback: None, or beta in [0, 1): what quantising a gradient loses on this rank is added to its next one. The state is
     beta times the old one and 1 - beta times the new loss (LoCo's moving average; 0: the loss itself).
-    peer_gather: gathers read the quantised copies of the other ranks where they lie in memory, without messages: shared memory of a host
-    on CPUs, symmetric memory on GPUs. For weights over one level of ranks that can see one another's memory, and quantised gathers.
+    peer_gather: gathers read the copies of the other ranks where they lie in memory, without messages: shared memory of a host on CPUs,
+    symmetric memory on GPUs. For weights over one level, of ranks that can see one another's memory.
     bucket_bytes: the size that a message aims at.  name: a label.
 
     Order is checked here where names are on the canonical ladder, and for all names in `resolve`.
@@ -232,9 +232,6 @@ class ResolvedPlan:
                 f"peer_gather=True with weights over {' and '.join(over)}: ranks of one level read one another's memory; "
                 f"valid: weights={over[0]!r}, or peer_gather=False"
             )
-        if over and not self.formats("gather")[names.index(over[0])].quantized:
-            wire = self.formats("gather")[names.index(over[0])].short
-            raise ValueError(f"peer_gather=True with gather={wire!r}: it reads codes; valid: gather='int8', 'int4', wire='paper'")
 
     @property
     def weights(self) -> int:
@@ -362,7 +359,7 @@ class ResolvedPlan:
         if self.plan.error_feedback is not None:
             lines.append(f"  {'feedback:':<11}beta {self.plan.error_feedback:g}, where gradients are quantised")
         if self.plan.peer_gather:
-            lines.append(f"  {'peer:':<11}gathers of quantised weights read the other ranks' memory")
+            lines.append(f"  {'peer:':<11}gathers read the other ranks' memory")
         lines.append(f"  {'bucket:':<11}{self.plan.bucket_bytes} bytes")
         return "\n".join(lines)
 

@@ -133,8 +133,8 @@ def gather(copy: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
     first = specs[0]
     if reads_peers(specs):
         level, geometry = first.peer_level, whole_geometry(specs)
-        role, code = first.role(level, "gather"), first.stored.code.text
-        size = first.sizes[level - 1]
+        role, size = first.role(level, "gather"), first.sizes[level - 1]
+        code = first.stored.code.text if first.stored.quantized else ""
         return _wholes(kernels.peer_gather(copy, size, role, geometry.text, code, dtype(first.compute)), geometry, specs)
     hops = ((level, first.gather[level - 1]) for level in range(first.w, 0, -1))
     rows = first.layout.shards // first.layout.extents[first.w]
@@ -152,7 +152,7 @@ def gather(copy: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
 def reads_peers(specs: Sequence[ParamSpec]) -> bool:
     """Whether a gather of these reads the copies of other ranks directly: only whole units are, parts of one travel as messages."""
     first = specs[0]
-    return bool(first.peer_level) and first.unit_record == sum(spec.stored.bytes(spec.layout.shard) for spec in specs)
+    return bool(first.peer_level) and first.unit_shard == sum(spec.layout.shard for spec in specs)
 
 
 def _wholes(buffer: Tensor, geometry: Geometry, specs: Sequence[ParamSpec]) -> list[Tensor]:

@@ -63,7 +63,9 @@ def _ordinary(model: Any, optimizer: torch.optim.Optimizer) -> Trainer:
         optimizer.zero_grad()
         return loss.detach()
 
-    return Trainer(step, model=model)
+    trainer = Trainer(step, model=model)
+    trainer.opt = optimizer
+    return trainer
 
 
 def ddp(model: nn.Module, setting: Setting, bf16: bool = False) -> Trainer:
