@@ -19,6 +19,7 @@ class Context:
         stage: "joint", "forward", "backward" or "inference".
         plan: the resolved plan.
         overlap: buckets whose hops may be under way while the graph computes; 0: none.
+        memory: bytes that these may take, in each direction; 0: what so many buckets take.
         decompositions: what traced code is decomposed with (empty without code generation).
         notes: one line per thing a pass did, by pass; shown in the dump.
     """
@@ -30,6 +31,7 @@ class Context:
     current: str = ""
     notes: dict[str, list[str]] = field(default_factory=dict)
     overlap: int = 0
+    memory: int = 0
     predicted: dict[tuple[str, str], int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -1,11 +1,14 @@
 """schedule: hops are under way while the graph computes.
 
-Requires: a graph after `quantize`, each hop followed by its wait; `context.overlap`, the number of buckets in flight (0: all stays).
-Guarantees: a bucket's first gather hop is launched `overlap` buckets before it is needed, its next hops one bucket later each, and its last
-wait stands where it is needed, as does its unpack (in flight a quantised bucket is its codes). What follows a reduction's launch (its wait,
-the next hop, what becomes of the sum) moves one launch later per hop, at most `overlap` of them, and to the graph's end. At most
-`overlap` + 1 gathered buckets and as many reduced ones are in flight, however deep the model is. The order is a function of the graph
-alone: equal on all ranks.
+Requires: a graph after `quantize`, each hop followed by its wait; `context.overlap`, the number of buckets in flight (0: all stays), and
+`context.memory`, the bytes that they may take (0: no bound of its own).
+Guarantees: a list schedule over a lane that computes and a lane per level, by the times that zcompile.times gives: a bucket's gather is
+launched as soon as it may be (so many buckets before it is needed, and not before its copy is expected to be fresh), its next hop when
+the one before is expected to have arrived, and its last wait and its unpack stand where it is needed (in flight a quantised bucket is
+its codes). A reduction is launched where its gradients are there; what follows a hop (its wait, the next hop, what becomes of the sum)
+stands where it is expected to have arrived, or at the graph's end. At most `overlap` + 1 gathered buckets and as many reduced ones are in
+flight, however deep the model is: where there would be more, the one that arrives first is waited for. The order is a function of the
+graph and the machine's data alone: equal on all ranks.
 Leaves alone: the nodes, what they read and thereby the bits; the order of everything that computes; the order of nodes that write one
 buffer; a graph in which it cannot show that (it says so in a note).
 """
@@ -19,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from zcompile.passes.context import Context
 from zcompile.passes.nodes import COLLECTIVES, WAIT, arrange, collective_of, find
+from zcompile.times import hop_seconds, node_seconds
 
 NAME = "schedule"
 
@@ -27,14 +31,15 @@ def run(gm: GraphModule, context: Context) -> None:
     if not context.overlap:
         context.note("off: each hop is waited for where it is launched")
         return
-    schedule = _Schedule(gm.graph, context.overlap)
+    schedule = _Schedule(gm.graph, context)
     order = schedule.order()
     if order is None:
         context.note("off: a buffer is written on the way of a transfer, whose order must stay")
         return
     arrange(gm.graph, order)
     context.note(
-        f"{len(schedule.gathers)} gathered buckets, {schedule.launches} reductions launched, {context.overlap} in flight"
+        f"{len(schedule.gathers)} gathered buckets, {len(schedule.reductions)} reductions, at most {context.overlap + 1} of each in "
+        f"flight; by the machine's data {schedule.now * 1e3:.3f} ms, {schedule.exposed * 1e3:.3f} ms of it waiting"
     )
 
 
@@ -61,92 +66,199 @@ def in_flight(gm: GraphModule) -> list[int]:
 
 
 @dataclass
-class _Gather:
-    """One gathered bucket: what must run until its last wait is over, cut behind each launch."""
+class _Chain:
+    """One bucket's transfer, cut behind each launch.
+
+    Attributes:
+        stages: nodes; the first stage ends with the first launch, the last has none.
+        place: where its last stage is needed (gathers), or its first stands (reductions).
+        size: bytes that it holds while in flight.
+        done: stages that have been placed.
+        arrives: when what the next stage waits for is expected.
+    """
 
     place: int
-    stages: list[list[Node]] = field(default_factory=list)
+    stages: list[list[Node]] = field(default_factory=lambda: [[]])
+    size: int = 0
+    done: int = 0
+    arrives: float = 0.0
+
+    def append(self, nodes: list[Node]) -> None:
+        for node in nodes:
+            self.stages[-1].append(node)
+            if node.target in COLLECTIVES:
+                self.size = max(self.size, _bytes(node))
+                self.stages.append([])
+
+    @property
+    def over(self) -> bool:
+        return self.done == len(self.stages)
 
 
 class _Schedule:
-    """Where each node of a graph goes."""
+    """Places a graph's nodes one after another, and keeps the clock of each lane."""
 
-    def __init__(self, graph: Graph, overlap: int):
+    def __init__(self, graph: Graph, context: Context):
         self.nodes = list(graph.nodes)
         self.at = {node: number for number, node in enumerate(self.nodes)}
-        self.overlap = overlap
-        self.gathers: list[_Gather] = []
-        self.launches = 0
+        self.overlap, self.memory = context.overlap, context.memory
+        topology = context.plan.topology
+        self.device = topology.device
+        self.levels = {level.name: level for level in topology.levels}
+        self.gathers = self._gathers(context)
+        self.reductions = self._reductions()
+        self.now = 0.0
+        self.exposed = 0.0
+        self._free = dict.fromkeys(self.levels, 0.0)
+        self._out: list[Node] = []
+        self._placed: set[Node] = set()
+        self._flying: list[_Chain] = []  # reductions
 
     def order(self) -> list[Node] | None:
         """All nodes in their new order; None if it would be another program."""
-        early = self._early()
-        late = self._late()
-        moved = {node for group in (*early.values(), *late.values()) for node in group}
-        out: list[Node] = []
+        moved = {node for chain in self.gathers for stage in chain.stages for node in stage}
+        starts: dict[Node, _Chain] = {}
+        for chain in self.reductions:
+            starts[chain.stages[0][-1]] = chain
+            moved.update(node for stage in chain.stages[1:] for node in stage)
+        needed = {chain.place: chain for chain in self.gathers}
         for number, node in enumerate(self.nodes):
-            out += early.get(number, [])
+            if number in needed:
+                self._need(needed[number])
             if node.op == "output":
-                out += late.get(len(self.nodes), [])
-            if node not in moved:
-                out.append(node)
-            out += late.get(number, [])
-        return out if self._same_program(out) else None
+                while self._flying:
+                    self._advance(min(self._flying, key=lambda chain: chain.arrives))
+            if node in moved:
+                continue
+            if node in starts:
+                self._room(starts[node])
+            if node.op == "call_function" and node_seconds(node, self.device):
+                self._catch_up()
+            self._place(node)
+            if node in starts:
+                self._launched(starts[node], node)
+                starts[node].done = 1
+                self._flying.append(starts[node])
+        return self._out if self._same_program(self._out) else None
 
-    def _early(self) -> dict[int, list[Node]]:
-        """place in the graph -> gather nodes that run before the node there."""
+    # -- the lanes ---------------------------------------------------------------------------------------------------------------
+
+    def _place(self, node: Node) -> None:
+        self._out.append(node)
+        self._placed.add(node)
+        self.now += node_seconds(node, self.device)
+
+    def _advance(self, chain: _Chain) -> None:
+        """Place the next stage of a chain: wait for what it needs, and launch the next hop."""
+        if chain.arrives > self.now:
+            self.exposed += chain.arrives - self.now
+            self.now = chain.arrives
+        for node in chain.stages[chain.done]:
+            self._before(node)
+            self._place(node)
+            if node.target in COLLECTIVES:
+                self._launched(chain, node)
+        chain.done += 1
+        if chain.over and chain in self._flying:
+            self._flying.remove(chain)
+
+    def _launched(self, chain: _Chain, node: Node) -> None:
+        """A hop takes its level's lane when those before it are over."""
+        entry = collective_of(node)
+        begin = max(self.now, self._free[entry.level])
+        self._free[entry.level] = chain.arrives = begin + hop_seconds(self.levels[entry.level], entry.bytes)
+
+    def _before(self, node: Node) -> None:
+        """What a stage reads of other reductions (a sum of two of them) comes first."""
+        for source in node.all_input_nodes:
+            while source not in self._placed:
+                other = next((c for c in self._flying for stage in c.stages[c.done :] if source in stage), None)
+                if other is None:
+                    return  # not a program that this can order: the last check says so
+                self._advance(other)
+
+    def _catch_up(self) -> None:
+        """Before an operation: place every stage whose hop has arrived by now, and launch the gathers that may be under way."""
+        while True:
+            current = next((i for i, chain in enumerate(self.gathers) if not chain.over), len(self.gathers))
+            ahead = self.gathers[current : current + self.overlap + 1]
+            held = sum(chain.size for chain in ahead if 0 < chain.done)
+            ready = [chain for chain in self._flying if chain.arrives <= self.now]
+            for number, chain in enumerate(ahead):
+                last = chain.done == len(chain.stages) - 1  # stands where it is needed
+                fits = not self.memory or number == 0 or chain.done or held + chain.size <= self.memory
+                in_order = number == 0 or ahead[number - 1].done > chain.done or ahead[number - 1].done == len(ahead[number - 1].stages) - 1
+                if not last and fits and in_order and chain.arrives <= self.now:
+                    ready.append(chain)
+            if not ready:
+                return
+            self._advance(min(ready, key=lambda chain: chain.arrives))
+
+    def _need(self, chain: _Chain) -> None:
+        """A gathered bucket is read next."""
+        for earlier in self.gathers[: self.gathers.index(chain)]:
+            while earlier.done < 1:  # on one communicator gathers are launched in their order
+                self._advance(earlier)
+        while not chain.over:
+            self._advance(chain)
+
+    def _room(self, chain: _Chain) -> None:
+        """A reduction is launched next: no more than so many are in flight."""
+        while self._flying and (
+            len(self._flying) > self.overlap
+            or (self.memory and sum(each.size for each in self._flying) + chain.size > self.memory)
+        ):
+            self._advance(min(self._flying, key=lambda each: each.arrives))
+
+    # -- what the graph holds ----------------------------------------------------------------------------------------------------
+
+    def _gathers(self, context: Context) -> list[_Chain]:
         last: dict[tuple[str, ...], Node] = {}
         for node in self.nodes:
             if node.target in COLLECTIVES and collective_of(node).transfer == "gather":
                 last[collective_of(node).parameters] = node  # a bucket's hops stand in their order
         taken: set[Node] = set()
+        found = []
         for collective in last.values():
             (wait,) = (user for user in collective.users if user.target is WAIT)
-            chain = sorted((node for node in _ancestors(wait) if node not in taken), key=self.at.__getitem__)
-            taken.update(chain)
-            gather = _Gather(self.at[chain[0]], [[]])
-            for node in chain:
-                gather.stages[-1].append(node)
-                if node.target in COLLECTIVES:
-                    gather.stages.append([])
-            self.gathers.append(gather)
-        self.gathers.sort(key=lambda gather: gather.place)
-        groups: dict[int, list[tuple[int, int, int, list[Node]]]] = {}
-        for number, gather in enumerate(self.gathers):
-            final = len(gather.stages) - 1
-            for stage, nodes in enumerate(gather.stages):
-                slot = number if stage == final else min(number, max(0, number - self.overlap + stage))
-                # Launches first; then what waits for an earlier hop and launches the next; what is needed here is waited for last.
-                rank = 0 if stage == 0 else 2 if slot == number else 1
-                groups.setdefault(self.gathers[slot].place, []).append((rank, number, stage, nodes))
-        return {
-            place: [node for *_, nodes in sorted(found, key=lambda entry: entry[:3]) for node in nodes]
-            for place, found in groups.items()
-        }
+            nodes = sorted((node for node in _ancestors(wait) if node not in taken), key=self.at.__getitem__)
+            taken.update(nodes)
+            chain = _Chain(self.at[nodes[0]])
+            chain.append(nodes)
+            found.append(chain)
+        found.sort(key=lambda chain: chain.place)
+        if context.stage != "backward":
+            self._expect_refreshes(found, context)
+        return found
 
-    def _late(self) -> dict[int, list[Node]]:
-        """place in the graph -> what follows from earlier reductions, to run after the node there; the number of nodes: at the end."""
-        first: list[Node] = []
+    def _expect_refreshes(self, chains: list[_Chain], context: Context) -> None:
+        """A forward begins with the refresh of its copies, one after the other: no gather is launched before its copy is expected."""
+        slowest = context.plan.topology.levels[-1]
+        arrives = 0.0
+        for chain in chains:
+            waits = [node for node in chain.stages[0] if node.target is WAIT]
+            if waits:
+                arrives += hop_seconds(slowest, _bytes(waits[0]) * (slowest.size - 1) // slowest.size)
+                chain.arrives = arrives
+
+    def _reductions(self) -> list[_Chain]:
+        found: list[_Chain] = []
         bucket: dict[Node, int] = {}
         stage: dict[Node, int] = {}
         for node in self.nodes:
             before = [arg for arg in node.all_input_nodes if arg in bucket]
             starts = node.target in COLLECTIVES and collective_of(node).transfer != "gather" and not before
             if starts:
-                first.append(node)
-                bucket[node], stage[node] = len(first) - 1, 0
+                bucket[node], stage[node] = len(found), 0
+                found.append(_Chain(self.at[node], [[node], []], _bytes(node)))
             elif before and node.op != "output":
-                bucket[node] = max(bucket[arg] for arg in before)
-                # One more behind each launch: everything up to the next one, and that too, goes to one place.
+                number = bucket[node] = max(bucket[arg] for arg in before)
                 stage[node] = max(stage[arg] + (arg.target in COLLECTIVES) for arg in before)
-        self.launches = len(first)
-        groups: dict[int, list[Node]] = {}
-        for node in self.nodes:
-            if node in bucket and stage[node]:
-                slot = bucket[node] + min(stage[node], self.overlap)
-                place = self.at[first[slot]] if slot < len(first) else len(self.nodes)
-                groups.setdefault(place, []).append(node)
-        return groups
+                chain = found[number]
+                while len(chain.stages) <= stage[node]:
+                    chain.stages.append([])
+                chain.stages[stage[node]].append(node)
+        return found
 
     def _same_program(self, order: list[Node]) -> bool:
         """Every node after what it reads, and all that touch a buffer that is written in their old order."""
@@ -164,6 +276,11 @@ class _Schedule:
                 if any((self.at[user] < self.at[node]) != (new[user] < new[node]) for user in users - {node}):
                     return False
         return True
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.itemsize if isinstance(value, torch.Tensor) else 0
 
 
 def _ancestors(node: Node) -> set[Node]:

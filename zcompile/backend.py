@@ -151,7 +151,7 @@ class Compilation:
         return compiled
 
     def _context(self, stage: str) -> Context:
-        return Context(stage, self.engine.plan, name=f"graph {self.number} {stage}", overlap=self.options.overlap)
+        return Context(stage, self.engine.plan, name=f"graph {self.number} {stage}", overlap=self.options.overlap, memory=self.options.memory)
 
     def _dump(self) -> Dump | None:
         folder = self.options.dump_folder

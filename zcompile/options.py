@@ -18,6 +18,8 @@ class Options:
         dump: folder for the program before and after each pass (also the environment variable ZCOMPILE_DUMP); "" is none.
         overlap: buckets whose transfers are under way while the graph computes, in either direction: 0 waits for each hop where it is
             launched, 1 and 2 hide more and keep so many more buckets in memory. Compiled graphs only.
+        memory: bytes that transfers under way may hold, gathers and reductions each, beside the bucket that is needed next; 0: no bound but
+            that of `overlap`.
         timeout: seconds a rank waits for another at set-up and at an agreement before it raises.
         compile_timeout: seconds a rank waits for another that generates code.
         sync_init: take rank 0's initial values on every rank instead of requiring that they are equal.
@@ -28,6 +30,7 @@ class Options:
     codegen: bool = True
     dump: str = ""
     overlap: int = 0
+    memory: int = 0
     timeout: float = 600.0
     compile_timeout: float = 3600.0
     sync_init: bool = False
@@ -47,6 +50,10 @@ class Options:
                 raise ValueError(f"option {name}={value!r}: must be a positive number of seconds")
         if isinstance(self.overlap, bool) or not isinstance(self.overlap, int) or not 0 <= self.overlap <= 64:
             raise ValueError(f"option overlap={self.overlap!r}: must be a number of buckets, from 0 to 64")
+        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 0:
+            raise ValueError(f"option memory={self.memory!r}: must be a number of bytes, or 0 for no bound")
+        if self.memory and not self.overlap:
+            raise ValueError(f"option memory={self.memory}: bounds what overlap keeps under way, which is 0; give overlap= too")
         if not isinstance(self.dump, (str, os.PathLike)):
             raise ValueError(f"option dump={self.dump!r}: must be the path of a folder")
 

@@ -1,8 +1,9 @@
 """The refresh: O to W, launched after a write to the masters, waited for inside the forward, unit by unit.
 
-Each unit's hops run in order, outermost level first; the last one lands in the compute copy. The work is registered on the copy's
+Each unit's hops run in order, outermost level first; the last one lands in the compute copy. Units follow one another, each level busy
+with another unit. The work is registered on the copy's
 storage, so that a `wait_tensor(copy)` in the graph (or in an eager op) waits for exactly this unit while later ones are still under
-way. Chains of several hops need somebody to launch the next hop when one has finished: a thread on CPU, a side stream on a GPU.
+way. Chains of several hops need somebody to launch the next hop when one has finished: a thread per level on CPU, a side stream on a GPU.
 
 Note [Refresh uses the gradient lane]: the gather lane of a level may be busy with this forward's gathers at any time, in an order that
 the graph fixes; a refresh runs beside them in an order that only time fixes. Two orders on one process group would differ between
@@ -15,10 +16,10 @@ have come to the next refresh, and a copy's refresh is over, for whoever waits f
 from __future__ import annotations
 
 import contextlib
-import functools
+import os
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,26 +29,51 @@ from zcompile._torch_compat import register_future
 from zcompile.params import Unit
 from zcompile.wire import COMPUTE_FORMATS, WireFormat
 
+_FP32 = WireFormat.parse("fp32")
 
-def run_hops(unit: Unit, full: bool = True) -> None:
-    """Bring `unit.copy` up to date with its master; returns when the copy is written (on a GPU: enqueued).
+
+def run_hops(unit: Unit, full: bool = True) -> Iterator[int]:
+    """Bring `unit.copy` up to date with its master; when it ends the copy is written (on a GPU: enqueued).
+
+    Yields each of the machine's levels, outermost first, before its hop is launched, and 0 before the copy is written: units follow one
+    another through these stages, so that a hop of one is under way beside hops of others over other levels. A unit without a hop over a
+    level passes that stage too: else it would overtake another one, sooner on one rank than on the next.
 
     Args:
         full: of a unit with a delta refresh: send weights, not what has changed.
     """
-    first, rows = unit.first, unit.first.layout.shards // unit.first.layout.extents[unit.first.w]
-    if unit.image is not None and not full:
-        transfers.refresh_delta(unit.master, unit.image, unit.row, unit.specs)
+    first, specs, image = unit.first, unit.specs, unit.image
+    native = WireFormat.parse(COMPUTE_FORMATS[first.compute])
+    delta = image is not None and not full
+    x, have, rows = unit.master, _FP32, 1
+    hops = unit.refresh_hops()
+    for level in stages(unit):
+        yield level
+        if level not in hops:
+            continue
+        if delta and rows == 1:
+            assert image is not None
+            have = WireFormat.parse(first.refresh[first.w])
+            flat = transfers.flat_geometry(1, specs).text
+            x = transfers.kernels.quantize_delta(unit.master, image[unit.row], flat, have.code.text)
+        wire = native.text if image is not None and full else first.refresh[level - 1]
+        x, have, rows = transfers.gather_hops(x, have, [(level, wire)], specs, "refresh", rows)
+    yield 0
+    geometry = transfers.flat_geometry(rows, specs)
+    if image is None:
+        unit.copy.copy_(transfers.convert(x, have, first.stored, geometry))
+        return
+    if delta:
+        transfers.kernels.apply_delta(image, x, geometry.text, have.code.text)
     else:
-        x, have = transfers.refresh(unit.master, unit.specs, full=unit.image is not None)
-        if unit.image is None:
-            unit.copy.copy_(transfers.convert(x, have, first.stored, transfers.flat_geometry(rows, unit.specs)))
-            return
-        unit.image.view(-1).copy_(x)
+        image.view(-1).copy_(x)
     if unit.coded:  # a copy of codes: made from the image here, once, not in every gather
-        native = WireFormat.parse(COMPUTE_FORMATS[first.compute])
-        geometry = transfers.flat_geometry(rows, unit.specs)
-        unit.copy.copy_(transfers.convert(unit.image.view(-1), native, first.stored, geometry))
+        unit.copy.copy_(transfers.convert(image.view(-1), native, first.stored, geometry))
+
+
+def stages(unit: Unit) -> list[int]:
+    """Levels over which anything can travel, outermost first: the same for all units of a topology."""
+    return [level for level in range(len(unit.first.sizes), 0, -1) if unit.first.sizes[level - 1] > 1]
 
 
 def barriers(units: Iterable[Unit]) -> dict[tuple[str, str], int]:
@@ -78,28 +104,37 @@ def sent(unit: Unit, full: bool) -> dict[int, int]:
     return out
 
 
-class _Worker:
-    """The process's one refresh thread, started when it is first needed: jobs of all models run in the order of their launch.
+class _Workers:
+    """The process's refresh threads, one per stage (a level's index; 0: what follows the last hop), started when they are first needed.
 
-    A daemon: a job that waits for a rank which is gone does not keep the process from ending.
+    A job is an iterator that yields its next stage. Every job of a topology passes through the same stages, each of which takes them in
+    the order in which they come: so the order on each process group is that of the launches, the same on all ranks. Daemons: a job
+    that waits for a rank which is gone does not keep the process from ending.
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._stages: dict[int, queue.SimpleQueue[Iterator[int]]] = {}
+        self._pid = 0
 
-    def put(self, job: Callable[[], None]) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._serve, name="zcompile-refresh", daemon=True)
-            self._thread.start()
-        self._jobs.put(job)
+    def put(self, job: Iterator[int]) -> None:
+        """Run up to its first stage here, the rest there."""
+        stage = next(job, None)
+        if stage is None:
+            return
+        if self._pid != os.getpid():  # threads do not survive a fork
+            self._stages, self._pid = {}, os.getpid()
+        if stage not in self._stages:
+            self._stages[stage] = queue.SimpleQueue()
+            name = f"zcompile-refresh-{stage}"
+            threading.Thread(target=self._serve, args=(self._stages[stage],), name=name, daemon=True).start()
+        self._stages[stage].put(job)
 
-    def _serve(self) -> None:
+    def _serve(self, jobs: queue.SimpleQueue[Iterator[int]]) -> None:
         while True:
-            self._jobs.get()()
+            self.put(jobs.get())
 
 
-_WORKER = _Worker()
+_WORKERS = _Workers()
 
 
 class Refresher:
@@ -126,26 +161,28 @@ class Refresher:
             level = unit.first.peer_level
             if level and level not in ready:
                 ready.add(level)
-                self._put(functools.partial(_quietly, transfers.barrier, unit.first, self._device))
+                self._put(_barrier(unit, self._device))
             if not unit.refresh_hops() and not level:
                 with torch.no_grad():
-                    run_hops(unit)
+                    for _ in run_hops(unit):
+                        pass
                 continue
             future: torch.futures.Future[Tensor] = torch.futures.Future(
                 devices=[self._device] if self._stream else None
             )
             register_future(unit.copy, future)
             self._futures.append(future)
-            self._put(functools.partial(_run, unit, unit in full, future))
+            self._put(_run(unit, unit in full, future))
 
-    def _put(self, job: Callable[[], None]) -> None:
-        """Run after what was put before it: on the thread, or here on the side stream."""
+    def _put(self, job: Iterator[int]) -> None:
+        """Run after what was put before it: on the threads, or here on the side stream."""
         if self._stream is None:
-            _WORKER.put(job)
+            _WORKERS.put(job)
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            job()
+            for _ in job:
+                pass
 
     def drain(self) -> None:
         """Wait for every refresh that was launched: one that no forward read included. Raises what a refresh raised."""
@@ -154,17 +191,27 @@ class Refresher:
             future.wait()
 
 
-def _quietly(job: Callable[..., None], *arguments: object) -> None:
-    """A barrier that fails is one that the next one on its group fails at too: that one has a future to tell."""
+def _barrier(unit: Unit, device: torch.device) -> Iterator[int]:
+    """Nobody reads copies any more: before the first of a level is written. Ahead of all units in the stage in which they write.
+
+    One that fails is not told here: the next one on its group fails too, and that one has a future to tell.
+    """
+    yield from (*stages(unit), 0)
     with contextlib.suppress(Exception):
-        job(*arguments)
+        transfers.barrier(unit.first, device)
 
 
-def _run(unit: Unit, full: bool, future: torch.futures.Future[Tensor]) -> None:
+def _run(unit: Unit, full: bool, future: torch.futures.Future[Tensor]) -> Iterator[int]:
+    hops = run_hops(unit, full)
     try:
-        with torch.no_grad():
-            run_hops(unit, full)
-            if unit.first.peer_level:
+        while True:
+            with torch.no_grad():  # of this thread: the stages are others
+                stage = next(hops, None)
+            if stage is None:
+                break
+            yield stage
+        if unit.first.peer_level:
+            with torch.no_grad():
                 transfers.barrier(unit.first, unit.copy.device)
     except Exception as error:
         future.set_exception(error)  # type: ignore[arg-type]

@@ -170,35 +170,6 @@ def barrier(spec: ParamSpec, device: torch.device) -> None:
     _c10d.wait_tensor(_c10d.all_gather_into_tensor(token, spec.sizes[level - 1], spec.role(level, "barrier")))
 
 
-def refresh(master: Tensor, specs: Sequence[ParamSpec], full: bool = False) -> tuple[Tensor, WireFormat]:
-    """Placement O to W: masters -> what the holders of the compute copies get, and its format.
-
-    Args:
-        master: [sum of shards] fp32, of all the parameters of one unit.
-        full: send weights in the compute dtype where the plan says deltas.
-    """
-    first = specs[0]
-    native = COMPUTE_FORMATS[first.compute]
-    hops = ((level, native if full else first.refresh[level - 1]) for level in first.refresh_levels())
-    x, have, _ = gather_hops(master, _FP32, hops, specs, "refresh", 1)
-    return x, have
-
-
-def refresh_delta(master: Tensor, image: Tensor, row: int, specs: Sequence[ParamSpec]) -> None:
-    """Placement O to W, in place: `image` [E_o / E_w, sum of shards] becomes closer to the masters by what a quantised delta brings.
-
-    Args:
-        row: which row of `image` is that of this rank's own masters.
-    """
-    first = specs[0]
-    wire = WireFormat.parse(first.refresh[first.w])
-    code = wire.code.text
-    own = kernels.quantize_delta(master, image[row], flat_geometry(1, specs).text, code)
-    hops = ((level, wire.text) for level in first.refresh_levels())
-    message, _, rows = gather_hops(own, wire, hops, specs, "refresh", 1)
-    kernels.apply_delta(image, message, flat_geometry(rows, specs).text, code)
-
-
 def reduce(grads: Sequence[Tensor], specs: Sequence[ParamSpec]) -> Tensor:
     """Whole up to placement G, summed over the ranks of G's level.
 

@@ -213,9 +213,9 @@ def two_divisions() -> Iterator[None]:
 def no_refresh() -> Iterator[None]:
     from zcompile import refresh
 
-    def run_hops(unit: Any, full: bool = True) -> None:
+    def run_hops(unit: Any, full: bool = True) -> Iterator[int]:
         if not unit.copy.any():
-            right(unit, full)
+            yield from right(unit, full)
 
     right = refresh.run_hops
     with mock.patch.object(refresh, "run_hops", run_hops):

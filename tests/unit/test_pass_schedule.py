@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
 import pytest
 from support.graphs import Hand, targets, unit
 from torch.fx import Node
@@ -13,9 +18,20 @@ INT4, INT8 = "int4/256/bf16/nearest", "int8/256/bf16/nearest"
 DEPTH = 6
 
 
-def layers(overlap: int, *, depth: int = DEPTH, three: bool = False, **formats: str) -> Hand:
-    """A forward of `depth` products, each with a weight of its own unit; `three`: gathered over three levels."""
-    hand = Hand("forward", plan="zero3" if three else "zero_topo", overlap=overlap)
+def layers(
+    overlap: int,
+    *,
+    depth: int = DEPTH,
+    three: bool = False,
+    stage: str = "forward",
+    seconds: float = 0.0,
+    hops: float = 0.0,
+    memory: int = 0,
+    **formats: str,
+) -> Hand:
+    """A graph of `depth` products, each with a weight of its own unit; `three`: gathered over three levels; `seconds`: a product's."""
+    hand = Hand(stage, plan="zero3" if three else "zero_topo", overlap=overlap)
+    hand.context.memory = memory
     place = {"w": 3, "g": 3, "o": 3} if three else {}
     x = hand.input("x", 64, 64)
     specs, copies = [], []
@@ -26,11 +42,30 @@ def layers(overlap: int, *, depth: int = DEPTH, three: bool = False, **formats: 
     for spec, copy in zip(specs, copies, strict=True):
         x = hand.call(aten.mm.default, x, hand.gather(spec, copy))
     hand.output(x)
-    hand.run(*LOWERED)
+    with machine_of(seconds, hops):
+        hand.run(*LOWERED)
     return hand
 
 
-def gradients(overlap: int, *, mains: bool = False, **formats: str) -> Hand:
+@contextlib.contextmanager
+def machine_of(products: float, hops: float) -> Iterator[None]:
+    """A machine on which a product takes so many seconds, and a hop (0: as its data say)."""
+    operation, hop = schedule.node_seconds, schedule.hop_seconds
+
+    def node_seconds(node: Node, device: Any) -> float:
+        return products if products and node.target is aten.mm.default else operation(node, device)
+
+    def hop_seconds(level: Any, received: int) -> float:
+        return hops or hop(level, received)
+
+    with (
+        mock.patch.object(schedule, "node_seconds", node_seconds),
+        mock.patch.object(schedule, "hop_seconds", hop_seconds),
+    ):
+        yield
+
+
+def gradients(overlap: int, *, mains: bool = False, seconds: float = 0.0, hops: float = 0.0, **formats: str) -> Hand:
     """A backward: a chain of products, and of each a gradient that is reduced; summed onto mains, or synced."""
     hand = Hand("backward", overlap=overlap)
     specs = [unit({f"w{n}": (64, 64)}, unit=f"u{n}", block=256 if formats else 1, **formats)[0] for n in range(DEPTH)]
@@ -45,7 +80,8 @@ def gradients(overlap: int, *, mains: bool = False, **formats: str) -> Hand:
         else:
             out.append(hand.sync(spec, total))
     hand.output(x, *out)
-    hand.run(*LOWERED)
+    with machine_of(seconds, hops):
+        hand.run(*LOWERED)
     return hand
 
 
@@ -69,28 +105,55 @@ def test_off_waits_where_it_launches() -> None:
 
 @pytest.mark.parametrize("overlap", [1, 2])
 def test_gathers_are_launched_as_many_buckets_ahead(overlap: int) -> None:
-    ahead = DEPTH - overlap
-    assert story(layers(overlap)) == "G" * overlap + "Gwm" * ahead + "wm" * overlap
+    """In a backward, whose copies are fresh: at each product so many more are under way."""
+    ahead = DEPTH - overlap - 1
+    expected = "Gw" + "G" * (overlap + 1) + "m" + "wGm" * (ahead - 1) + "wm" * (overlap + 1)
+    assert story(layers(overlap, stage="backward")) == expected
 
 
-def test_the_hops_of_a_bucket_go_one_bucket_later_each() -> None:
-    hand = layers(2, three=True)
+def test_no_gather_is_launched_before_its_copy_is_expected_to_be_fresh() -> None:
+    """A forward begins with the refresh, which a small product does not hide: waiting for it early would hold up what is ready."""
+    assert story(layers(2)) == "Gwm" * DEPTH
+    assert "GGG" in story(layers(2, seconds=1.0)), "where products are long, the copies are there by the next one"
+
+
+def test_the_hops_of_a_bucket_go_over_different_levels_at_once() -> None:
+    hand = layers(2, three=True, seconds=1.0)
     hops = [(collective_of(node).level, collective_of(node).parameters[0]) for node in targets(hand.gm, *COLLECTIVES)]
-    steady = hops[hops.index(("cluster", "w4")) :][:3]
-    assert steady == [("cluster", "w4"), ("node", "w3"), ("pair", "w2")], "three levels at work for three buckets"
     for number in range(DEPTH):
         assert [level for level, name in hops if name == f"w{number}"] == ["cluster", "node", "pair"]
+    assert {name for _, name in hops[3:6]} == {"w1", "w2", "w3"}, "before the first product, hops of three more buckets"
 
 
-def test_reductions_are_waited_for_behind_the_next_launches() -> None:
-    assert story(gradients(1)) == "mR" + "mRwRwRw" * (DEPTH - 1) + "wRwRw"
-    gradients_in_flight = story(gradients(3))
-    # A launch; then the oldest bucket's sum, the next one's third hop and the youngest's second.
-    assert gradients_in_flight == "mR" + "mRwR" + "mRwRwR" + "mRwwRwR" * (DEPTH - 3) + "wwRwwRwRw"
+def test_reductions_are_waited_for_when_they_are_expected() -> None:
+    slow, fast = story(gradients(64, hops=1.0)), story(gradients(64, seconds=1.0))
+    assert slow.startswith("mR" * DEPTH + "w"), "hops longer than all products: none is waited for before the end"
+    assert fast.startswith("mRmRwRmRwRwRmRwRwRwm"), "longer than a hop: at the next product each hop that is out is over"
+
+
+@pytest.mark.parametrize("overlap", [1, 3])
+def test_where_too_many_are_in_flight_the_first_to_arrive_is_waited_for(overlap: int) -> None:
+    found, flying = story(gradients(overlap, hops=1.0)), 0
+    for letter in found:
+        flying += {"R": 1, "w": -1}.get(letter, 0)
+        assert flying <= overlap + 1
+    assert found.startswith("mR" * (overlap + 1) + "mw"), "and no sooner"
+
+
+def test_memory_bounds_what_is_in_flight_in_bytes() -> None:
+    one = 64 * 64 * 4  # a gathered weight
+    free = schedule.in_flight(layers(4, three=True, seconds=1.0).gm)
+    tight = schedule.in_flight(layers(4, three=True, seconds=1.0, memory=one).gm)
+    assert max(free) > max(tight), "a bucket beside the one that is needed next does not fit"
+    assert story(layers(4, stage="backward", memory=1)).startswith("GwGm"), "one is always allowed"
+
+
+def test_the_schedule_is_a_function_of_the_graph() -> None:
+    assert story(gradients(3)) == story(gradients(3)) and story(layers(3, seconds=1e-3)) == story(layers(3, seconds=1e-3))
 
 
 def test_more_buckets_than_there_are_is_all_of_them() -> None:
-    assert story(layers(64)) == "G" * DEPTH + "wm" * DEPTH
+    assert story(layers(64, stage="backward")) == "Gw" + "G" * (DEPTH - 1) + "m" + "wm" * (DEPTH - 1)
 
 
 @pytest.mark.parametrize("depth", [4, 8, 16])
@@ -102,10 +165,10 @@ def test_the_contract_sees_too_much_in_flight() -> None:
     hand = layers(2, three=True)
     hand.context.overlap = 0
     schedule.check(hand.gm, hand.context)  # off: nothing to hold
-    assert story(layers(5)).startswith("GGGGGG")
-    hand = layers(5)
+    hand = layers(5, stage="backward")
+    assert "GGGGG" in story(hand)
     hand.context.overlap = 1
-    with pytest.raises(AssertionError, match="6 hops in flight at once; with overlap 1: at most 4"):
+    with pytest.raises(AssertionError, match="5 hops in flight at once; with overlap 1: at most 4"):
         schedule.check(hand.gm, hand.context)
 
 

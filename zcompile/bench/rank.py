@@ -15,8 +15,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from zcompile.bench import systems
 from zcompile.bench.network import read_counters
 from zcompile.launcher import init_from_launcher
+from zcompile.machines import Device
 from zcompile.shapes import SHAPES, Decoder, Shape
+from zcompile.times import EFFICIENCY
 from zcompile.topology import Topology
 
 Data = Callable[[int, int, int], Tensor]
@@ -37,7 +39,7 @@ Data = Callable[[int, int, int], Tensor]
 @dataclass(frozen=True)
 class Task:
     """One run of all ranks. `system`: see zcompile.bench.systems.parse; `model`: a name of zcompile.shapes, or file.py:function
-    that returns (module, data); `out`: where rank 0 writes the result."""
+    that returns (module, data); `out`: where rank 0 writes the result; `rates`: what the machine is known to do (see `machine`), or none."""
 
     system: str
     model: str
@@ -47,6 +49,18 @@ class Task:
     warmup: int
     out: str
     learning_rate: float = 1e-3
+    rates: dict[str, float] = field(default_factory=dict)
+
+
+def machine(sizes: str, rates: Mapping[str, float]) -> Topology:
+    """The topology with the rates that are known: level name -> B/s that a rank receives; "flops": FLOP/s of a rank; "memory": B/s."""
+    found = Topology.parse(sizes)
+    levels = tuple(replace(level, bandwidth=rates.get(level.name, level.bandwidth)) for level in found.levels)
+    device = found.device
+    if "flops" in rates:
+        peaks = tuple((dtype, rates["flops"] / EFFICIENCY) for dtype in ("float32", "bfloat16"))
+        device = Device("this machine", peaks, device.memory, rates.get("memory", device.memory_bandwidth))
+    return Topology(levels, device, found.order)
 
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, Data]:
@@ -87,7 +101,7 @@ def measure(task: Task) -> dict[str, Any]:
     model, data = build(task.model)
     model = model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    setting = systems.Setting(Topology.parse(task.topology), task.learning_rate, task.batch, device)
+    setting = systems.Setting(machine(task.topology, task.rates), task.learning_rate, task.batch, device)
     begin = time.perf_counter()
     trainer = systems.parse(task.system)(model, setting)
     tokens = [data(step, rank, task.batch).to(device) for step in range(task.warmup + task.steps)]
