@@ -253,7 +253,9 @@ class _Prepared:
 
 @lru_cache(maxsize=1024)
 def _table(text: str, code: Code, part: int = 0, parts: int = 1) -> _Prepared:
-    """The table of a geometry; of several parts: of that part of its rows, whose message stands alone. Raises ValueError for a piece that is not made of whole blocks or has values outside its tensor."""
+    """The table of a geometry; of several parts: of that part of its rows, whose message stands alone.
+
+    Raises ValueError for a piece that is not made of whole blocks or has values outside its tensor."""
     geometry = Geometry.parse(text)
     records = geometry.records(code)
     rows = geometry.rows // parts

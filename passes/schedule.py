@@ -182,12 +182,16 @@ class _Schedule:
         while True:
             current = next((i for i, chain in enumerate(self.gathers) if not chain.over), len(self.gathers))
             ahead = self.gathers[current : current + self.overlap + 1]
-            held = sum(chain.size for chain in ahead if 0 < chain.done)
+            held = sum(chain.size for chain in ahead if chain.done > 0)
             ready = [chain for chain in self._flying if chain.arrives <= self.now]
             for number, chain in enumerate(ahead):
                 last = chain.done == len(chain.stages) - 1  # stands where it is needed
                 fits = not self.memory or number == 0 or chain.done or held + chain.size <= self.memory
-                in_order = number == 0 or ahead[number - 1].done > chain.done or ahead[number - 1].done == len(ahead[number - 1].stages) - 1
+                in_order = (
+                    number == 0
+                    or ahead[number - 1].done > chain.done
+                    or ahead[number - 1].done == len(ahead[number - 1].stages) - 1
+                )
                 if not last and fits and in_order and chain.arrives <= self.now:
                     ready.append(chain)
             if not ready:

@@ -12,7 +12,17 @@ from torch.fx import GraphModule, Node
 
 from zcompile import cost
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import ALL_GATHER, COLLECTIVES, PEER_GATHER, TRAFFIC, WAIT, WHOLE, collective_of, derived, find
+from zcompile.passes.nodes import (
+    ALL_GATHER,
+    COLLECTIVES,
+    PEER_GATHER,
+    TRAFFIC,
+    WAIT,
+    WHOLE,
+    collective_of,
+    derived,
+    find,
+)
 
 NAME = "verify"
 
@@ -61,7 +71,9 @@ def _check_saved(gm: GraphModule) -> None:
     output = next(node for node in gm.graph.nodes if node.op == "output")
     visible = set(output.meta.get("user_visible_output_idxs", ()))
     wholes = [node for node in gm.graph.nodes if WHOLE in node.meta]
-    gathered = derived(wholes + find(gm.graph, PEER_GATHER) + [user for node in find(gm.graph, ALL_GATHER) for user in node.users])
+    gathered = derived(
+        wholes + find(gm.graph, PEER_GATHER) + [user for node in find(gm.graph, ALL_GATHER) for user in node.users]
+    )
     for index, value in enumerate(output.args[0]):
         if index not in visible and value in gathered:
             raise AssertionError(f"{value.format_node()} is saved for backward and derives from a gather")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -236,7 +237,7 @@ class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", object)):  # t
         from torch._inductor.utils import is_collective, is_wait
 
         chain = [node for node in nodes if is_collective(node.node) or is_wait(node.node)]
-        for before, after in zip(chain, chain[1:], strict=False):
+        for before, after in itertools.pairwise(chain):
             earlier, later = next(iter(before.get_buffer_names())), next(iter(after.get_buffer_names()))
             after.add_fake_dep(WeakDep(earlier, mutating_buf=later, is_fake=True))
         if chain:
@@ -247,7 +248,7 @@ class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", object)):  # t
         return "zcompile: launches and waits in order"
 
 
-def symmetric_memory(size: int, device: torch.device, group: str) -> tuple[list[Tensor], list[int]]:
+def symmetric_memory(size: int, device: torch.device, group: Any) -> tuple[list[Tensor], list[int]]:
     """Every rank's [size] uint8, readable from here, and where it lies in this device's memory; in the order of the named group
     (2.13: torch.distributed._symmetric_memory). RuntimeError where the devices cannot reach one another.
     """
@@ -256,7 +257,9 @@ def symmetric_memory(size: int, device: torch.device, group: str) -> tuple[list[
     buffer = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
     buffer.zero_()
     handle = _symmetric_memory.rendezvous(buffer, group)
-    return [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(handle.world_size)], list(handle.buffer_ptrs)
+    return [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(handle.world_size)], list(
+        handle.buffer_ptrs
+    )
 
 
 def select_decomp_table() -> Mapping[Any, Any]:

@@ -178,9 +178,10 @@ def _agree(runtime: Runtime, model: nn.Module, plan: Any, compute: dict[str, tor
 
     runtime.agreement.compare("settings of hierarchical_zero", {
         "zcompile": __version__, "torch": torch.__version__, "plan": plan.describe().splitlines(), "plan key": plan.key,
-        "levels": [[level.name, level.size, level.bandwidth, level.latency] for level in plan.topology.levels],
-        "device": [plan.topology.device.name, plan.topology.device.memory_bandwidth, *map(list, plan.topology.device.peak_flops)],
-        "options": {"codegen": options.codegen, "checks": options.checks, "sync_init": options.sync_init, "overlap": options.overlap, "memory": options.memory},
+        "options": {
+            "codegen": options.codegen, "checks": options.checks, "sync_init": options.sync_init, "overlap": options.overlap,
+            "memory": options.memory,
+        },
         "parameters": [
             [names[0][0], list(p.shape), str(compute[names[0][0]]), p.requires_grad] for p, names in named_owners(model).items()
         ],

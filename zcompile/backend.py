@@ -151,7 +151,8 @@ class Compilation:
         return compiled
 
     def _context(self, stage: str) -> Context:
-        return Context(stage, self.engine.plan, name=f"graph {self.number} {stage}", overlap=self.options.overlap, memory=self.options.memory)
+        options, name = self.options, f"graph {self.number} {stage}"
+        return Context(stage, self.engine.plan, name=name, overlap=options.overlap, memory=options.memory)
 
     def _dump(self) -> Dump | None:
         folder = self.options.dump_folder

@@ -23,6 +23,10 @@ COMMANDS = {
         "zcompile.compare_bytes",
         "bytes per level of a small GPT under native and quantised plans, beside FSDP2 and HSDP, counted on eight local processes",
     ),
+    "bench": (
+        "zcompile.bench.command",
+        "train with zcompile's plans, FSDP2, HSDP, DDP and DeepSpeed side by side: step time, bytes, memory, loss; who is faster",
+    ),
     "kernels": (
         "zcompile.kernels_command",
         "compile every kernel for every architecture, without a GPU: registers, spills, widths, and what arithmetic allows",

@@ -53,7 +53,9 @@ class Options:
         if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 0:
             raise ValueError(f"option memory={self.memory!r}: must be a number of bytes, or 0 for no bound")
         if self.memory and not self.overlap:
-            raise ValueError(f"option memory={self.memory}: bounds what overlap keeps under way, which is 0; give overlap= too")
+            raise ValueError(
+                f"option memory={self.memory}: bounds what overlap keeps under way, which is 0; give overlap= too"
+            )
         if not isinstance(self.dump, (str, os.PathLike)):
             raise ValueError(f"option dump={self.dump!r}: must be the path of a folder")
 

@@ -1,8 +1,8 @@
 """Masters, compute copies and main grads: the buffers behind a wrapped model's parameters, grouped into units.
 
-A *unit* is a run of parameters of one block (vectors: of several) with equal placements and formats; its masters lie side by side in one fp32 buffer, its
-compute copies in another, so that a unit is one message without a copy in. A *slot* is one parameter: its spec, its master (an
-`nn.Parameter` holding a DTensor whose local tensor is a view of the unit's buffer) and what a forward reads.
+A *unit* is a run of parameters of one block (vectors: of several) with equal placements and formats. Its masters lie side by side in one
+fp32 buffer, its compute copies in another, so that a unit is one message without a copy in. A *slot* is one parameter: its spec, its
+master (an `nn.Parameter` holding a DTensor whose local tensor is a view of the unit's buffer) and what a forward reads.
 
 Note [Images]: with a delta refresh the holders of a copy keep its *image*, in the compute dtype, to which deltas are added. A rank's own
 row of its image is what all other holders have of its masters, to the bit, since all of them add the same message: so the owner needs

@@ -42,7 +42,14 @@ __all__ = [
 T = TypeVar("T")
 
 TRANSFERS = ("gather", "reduce", "sync", "refresh", "back", "barrier")
-LANES = {"gather": "weights", "reduce": "grads", "sync": "grads", "refresh": "grads", "back": "grads", "barrier": "grads"}
+LANES = {
+    "gather": "weights",
+    "reduce": "grads",
+    "sync": "grads",
+    "refresh": "grads",
+    "back": "grads",
+    "barrier": "grads",
+}
 """transfer -> lane"""
 
 

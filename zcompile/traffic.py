@@ -7,7 +7,7 @@ collective nodes in the graphs that ran, *counted* what the process groups were 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 

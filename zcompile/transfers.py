@@ -135,15 +135,15 @@ def gather(copy: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
         level, geometry = first.peer_level, whole_geometry(specs)
         role, size = first.role(level, "gather"), first.sizes[level - 1]
         code = first.stored.code.text if first.stored.quantized else ""
-        return _wholes(kernels.peer_gather(copy, size, role, geometry.text, code, dtype(first.compute)), geometry, specs)
+        return _wholes(
+            kernels.peer_gather(copy, size, role, geometry.text, code, dtype(first.compute)), geometry, specs
+        )
     hops = ((level, first.gather[level - 1]) for level in range(first.w, 0, -1))
     rows = first.layout.shards // first.layout.extents[first.w]
     x, have, rows = gather_hops(columns(copy, specs).reshape(-1), first.stored, hops, specs, "gather", rows)
     if have.quantized:
         geometry = whole_geometry(specs)
-        return _wholes(
-            kernels.dequantize(x, geometry.text, have.code.text, dtype(first.compute)), geometry, specs
-        )
+        return _wholes(kernels.dequantize(x, geometry.text, have.code.text, dtype(first.compute)), geometry, specs)
     x = x.view(rows, -1)
     pieces = [x] if len(specs) == 1 else x.split([spec.layout.shard for spec in specs], dim=1)
     return [unpack(piece, spec.layout).to(dtype(spec.compute)) for piece, spec in zip(pieces, specs, strict=True)]

@@ -128,7 +128,9 @@ def test_the_hops_of_a_bucket_go_over_different_levels_at_once() -> None:
 def test_reductions_are_waited_for_when_they_are_expected() -> None:
     slow, fast = story(gradients(64, hops=1.0)), story(gradients(64, seconds=1.0))
     assert slow.startswith("mR" * DEPTH + "w"), "hops longer than all products: none is waited for before the end"
-    assert fast.startswith("mRmRwRmRwRwRmRwRwRwm"), "longer than a hop: at the next product each hop that is out is over"
+    assert fast.startswith("mRmRwRmRwRwRmRwRwRwm"), (
+        "longer than a hop: at the next product each hop that is out is over"
+    )
 
 
 @pytest.mark.parametrize("overlap", [1, 3])
@@ -149,7 +151,9 @@ def test_memory_bounds_what_is_in_flight_in_bytes() -> None:
 
 
 def test_the_schedule_is_a_function_of_the_graph() -> None:
-    assert story(gradients(3)) == story(gradients(3)) and story(layers(3, seconds=1e-3)) == story(layers(3, seconds=1e-3))
+    assert story(gradients(3)) == story(gradients(3)) and story(layers(3, seconds=1e-3)) == story(
+        layers(3, seconds=1e-3)
+    )
 
 
 def test_more_buckets_than_there_are_is_all_of_them() -> None:

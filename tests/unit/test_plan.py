@@ -350,6 +350,7 @@ def test_key_changes_with_every_field() -> None:
         "back": {"pair": "fp32"},
         "full_refresh_every": 3,
         "error_feedback": 0.5,
+        "peer_gather": True,
         "rules": (Rule(),),
         "bucket_bytes": 1,
         "name": "other",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -39,7 +40,7 @@ Data = Callable[[int, int, int], Tensor]
 @dataclass(frozen=True)
 class Task:
     """One run of all ranks. `system`: see zcompile.bench.systems.parse; `model`: a name of zcompile.shapes, or file.py:function
-    that returns (module, data); `out`: where rank 0 writes the result; `rates`: what the machine is known to do (see `machine`), or none."""
+    that returns (module, data); `out`: where rank 0 writes the result; `rates`: of the machine (see `machine`), or none."""
 
     system: str
     model: str
@@ -89,7 +90,9 @@ def batch(shape: Shape, step: int, rank: int, sequences: int) -> Tensor:
     v, t = shape.vocabulary, shape.sequence + 1
     start = torch.randint(v, (sequences, 1), generator=generator)
     stride = torch.randint(1, 4, (sequences, 1), generator=generator)
-    noise = (torch.rand(sequences, t, generator=generator) < 0.05) * torch.randint(v, (sequences, t), generator=generator)
+    noise = (torch.rand(sequences, t, generator=generator) < 0.05) * torch.randint(
+        v, (sequences, t), generator=generator
+    )
     return (start + stride * torch.arange(t) + noise) % v
 
 
@@ -139,8 +142,9 @@ def measure(task: Task) -> dict[str, Any]:
     dist.all_gather_object(everyone, mine)
     return {
         "parameters": parameters,
+        "tokens": world * sum(t.numel() - t.shape[0] for t in tokens[-1:]),
         "seconds": statistics.fmean(each["seconds"] for each in everyone),
-        "steps": [round(b - a, 5) for a, b in zip(marks, marks[1:], strict=False)],
+        "steps": [round(b - a, 5) for a, b in itertools.pairwise(marks)],
         "setup_seconds": setup,
         "cpu_seconds": sum(each["cpu"] for each in everyone),
         "peak_bytes": max(each["peak"] for each in everyone),

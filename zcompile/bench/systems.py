@@ -63,9 +63,7 @@ def _ordinary(model: Any, optimizer: torch.optim.Optimizer) -> Trainer:
         optimizer.zero_grad()
         return loss.detach()
 
-    trainer = Trainer(step, model=model)
-    trainer.opt = optimizer
-    return trainer
+    return Trainer(step, model=model)
 
 
 def ddp(model: nn.Module, setting: Setting, bf16: bool = False) -> Trainer:
@@ -88,7 +86,9 @@ class RingReduceScatter:
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
         n, rank = group.size(), group.rank()
         chunks = input_tensor.view(n, -1)
         part, received = chunks[rank - 1].clone(), torch.empty_like(chunks[0])
@@ -200,9 +200,9 @@ PEERS: dict[str, System] = {
 }
 
 OURS = {
-    "zc-bf16": "zc:zero_topo,reduce=bf16",
-    "zc-paper": "zc:zero_topo,wire=paper",
-    "zc-delta": "zc:zero_topo,wire=paper,refresh=int4-delta,embeddings=1",
+    "zc-bf16": "zc:zero_topo,reduce=bf16,overlap=4,peer_gather=True",
+    "zc-paper": "zc:zero_topo,wire=paper,overlap=2,peer_gather=True",
+    "zc-delta": "zc:zero_topo,wire=paper,refresh=int4-delta,embeddings=1,overlap=2,peer_gather=True",
 }
 """Short names of plans that are often compared."""
 

@@ -1,0 +1,136 @@
+"""`zcompile bench` as a user runs it, on small models; the shaped network where it can be had."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcompile.bench import network, report, systems
+from zcompile.bench.command import machine_rates, refusal
+from zcompile.topology import Topology
+
+OWN = '''
+import torch
+from zcompile.bench import systems
+def make(model, setting):
+    """A system of the user's own."""
+    return systems.parse("ddp")(model, setting)
+def broken(model, setting):
+    raise ValueError("this one does not start")
+'''
+
+
+def bench(*arguments: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "zcompile.cli", "bench", *arguments], capture_output=True, text=True, timeout=timeout, check=False
+    )  # fmt: skip
+
+
+def test_systems_side_by_side_train_the_same(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    names = f"fsdp2 ddp own={own}:make zc:zero_topo,compute=fp32,codegen=False"
+    target, picture = tmp_path / "found.json", tmp_path / "found.png"
+    done = bench("--model", "tiny", "--topology", "2x2", "--steps", "2", "--repetitions", "2", "--systems", names,
+                 "--json", str(target), "--chart", str(picture))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(target.read_text())
+    rows = found["systems"]
+    assert list(rows) == ["fsdp2", "ddp", "own", "zc:zero_topo,compute=fp32,codegen=False"]
+    assert [run["system"] for run in found["runs"]] == 2 * found["order"], "A B C, then A B C again"
+    for row in rows.values():
+        assert row["loss"] == pytest.approx(rows["ddp"]["loss"], abs=1e-4) and row["runs"] == 2
+        assert row["seconds"] > 0 and row["peak_bytes"] > 0 and row["ratio"] >= 1
+    assert found["tokens_per_step"] == 4 * 32 and found["fastest"] in rows and found["fastest"] in done.stdout
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_system_that_does_not_start_is_said_and_the_others_run(tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    done = bench("--model", "tiny", "--topology", "2", "--steps", "1", "--repetitions", "1", "--json", "-",
+                 "--systems", f"ddp bad={own}:broken")  # fmt: skip
+    assert done.returncode == 1
+    rows = json.loads(done.stdout)["systems"]
+    assert (
+        rows["bad"] == {"runs": 0, "error": "ValueError: this one does not start"}
+        or "does not start" in rows["bad"]["error"]
+    )
+    assert rows["ddp"]["runs"] == 1
+
+
+@pytest.mark.skipif(bool(network.missing()), reason=network.missing())
+def test_a_shaped_network_limits_and_counts() -> None:
+    done = bench("--model", "tiny", "--topology", "2x2x2", "--steps", "2", "--repetitions", "1", "--mbit", "200,50", "--json", "-",
+                 "--systems", "ddp zc:zero_topo,codegen=False")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads(done.stdout)["systems"]
+    ours = rows["zc:zero_topo,codegen=False"]["bytes"]
+    assert all(rows["ddp"]["bytes"][level] > 0 for level in ("pair", "node", "cluster"))
+    assert ours["cluster"] < rows["ddp"]["bytes"]["cluster"], "a quarter of the gradient crosses nodes, not all of it"
+    assert not [
+        line for line in subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.split() if "zc" in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--systems", "fsdp3"), "system 'fsdp3': valid: ddp,"),
+        (("--systems", "zc:zero4"), "preset 'zero4'; valid: ddp"),
+        (("--systems", "zc:zero_topo,refresh"), "'refresh' must be option=value"),
+        (("--systems", "zc:zero_topo,compute=fp8"), "compute='fp8'; valid: bf16, fp32"),
+        (("--systems", "zc:zero_topo,overlap=-1"), "option overlap=-1"),
+        (("--systems", "zc:zero_topo,refersh=int4"), "did you mean 'refresh'"),
+        (("--systems", "me=/nowhere/x.py:f"), "there is no file /nowhere/x.py"),
+        (("--systems", "ddp ddp"), "two of them have one name"),
+        (("--systems", ""), "--systems is empty"),
+        (("--model", "gpt-5"), "model 'gpt-5': valid:"),
+        (("--topology", "2xtwo"), "2xtwo"),
+        (("--steps", "0"), "--steps 0: must be a number from 1"),
+        (("--warmup", "1"), "--warmup 1: must be a number from 2"),
+        (("--mbit", "fast"), "must be two numbers, such as 400,100"),
+        (("--mbit", "-1,5"), "must not be negative"),
+        (("--mbit", "400,100", "--topology", "2x2"), "three levels"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_anything_starts(
+    arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import argparse
+
+    from zcompile.bench import command
+
+    monkeypatch.delenv("RANK", raising=False)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    given = [f"{arguments[i]}={arguments[i + 1]}" for i in range(0, len(arguments), 2)]
+    assert words in refusal(parser.parse_args(given))
+
+
+def test_the_short_names_are_plans() -> None:
+    for name in (*systems.OURS, *systems.DEFAULT):
+        systems.parse(name)
+
+
+def test_rates_are_a_ranks_share_of_a_link() -> None:
+    found = machine_rates(Topology.parse("2x2x2"), (400.0, 0.0))
+    assert found["node"] == pytest.approx(400e6 / 8 / 2) and "cluster" not in found and found["flops"] > 0
+
+
+def row(seconds: float, low: float, high: float, runs: int = 2) -> dict[str, Any]:
+    return {"seconds": seconds, "spread": [low, high], "runs": runs}
+
+
+def test_the_verdict_says_plainly_when_another_one_wins_and_when_it_is_a_draw() -> None:
+    won = {"systems": {"zc-delta": row(2, 1.9, 2.1), "hsdp": row(1, 0.9, 1.1)}, "fastest": "hsdp"}
+    assert report.verdict(won) == "hsdp is fastest: 2.00 times as fast as zc-delta"
+    draw = {"systems": {"zc-delta": row(1.0, 0.9, 1.2), "hsdp": row(1.1, 1.0, 1.3)}, "fastest": "zc-delta"}
+    assert "take it as a draw" in report.verdict(draw)
+    once = {"systems": {"zc-delta": row(1.0, 1.0, 1.0, 1), "hsdp": row(3, 3, 3, 1)}, "fastest": "zc-delta"}
+    assert "one run each" in report.verdict(once)

@@ -1,0 +1,225 @@
+"""Gathers that read the other ranks' memory: the bits of messages, nobody reads too early, nothing is left behind, clear refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from support.spawn import Pool
+from support.training import received
+from torch import nn
+
+from zcompile import Plan, full_state_dict, hierarchical_zero, peers, refresh, transfers
+from zcompile.kernels import ops as kernels
+from zcompile.kernels import peers as memory
+
+Ranks = Callable[[int], Pool]
+FORMATS: dict[str, dict[str, Any]] = {
+    "native": {},
+    "int8": {"gather": "int8/64", "reduce": "int4/64"},
+    "int8, delta": {"gather": "int8/64", "reduce": "int4/64", "refresh": "int4-delta/64"},
+    "native, delta": {"refresh": "int4-delta/64"},
+}
+
+
+class Awkward(nn.Module):
+    """Rows that the ranks do not divide evenly, a bias, a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(24, 50), nn.LayerNorm(50), nn.Linear(50, 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(self.norm(torch.tanh(self.first(x))))
+        return y.square().mean()
+
+
+def train(rank: int, formats: str, peer: bool, steps: int = 3, overlap: int = 0, compiled: bool = True) -> dict[str, Any]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plan = Plan.preset("zero_topo", peer_gather=peer, **FORMATS[formats])
+    options: dict[str, Any] = {"codegen": False, "overlap": overlap, "compile": compiled}
+    model: Any = hierarchical_zero(Awkward(), topology="2x2", plan=plan, compute_dtype=torch.bfloat16, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for number in range(2 * steps):
+        model.set_requires_gradient_sync(number % 2 == 1)
+        loss = model(torch.randn(4, 24, generator=torch.Generator().manual_seed(10 * number + rank)))
+        loss.backward()
+        losses.append(loss.item())
+        if number % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    ops = {entry.op for program in model.zero.programs for entry in program.collectives if entry.transfer == "gather"}
+    return {
+        "losses": losses,
+        "weights": {name: value.clone() for name, value in full_state_dict(model).items()},
+        "gather": received(model, "gather"),
+        "barrier": received(model, "barrier") if peer else {},
+        "ops": ops,
+    }
+
+
+@pytest.mark.parametrize("formats", FORMATS)
+def test_bits_and_bytes_are_those_of_messages(ranks: Ranks, formats: str) -> None:
+    pool = ranks(4)
+    plain, read = pool.run(train, formats, False, timeout=120.0), pool.run(train, formats, True, timeout=120.0)
+    for a, b in zip(plain, read, strict=True):
+        assert a["losses"] == b["losses"] and a["gather"] == b["gather"]
+        assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
+        # The backward needs one weight of a unit of two: a part of a unit comes as a message.
+        assert a["ops"] == {"all_gather"} and b["ops"] == {"all_gather", "peer_read"}
+        assert b["barrier"].keys() == {"node"}, "2x2 has no pair: the node is its fastest level"
+    assert not list(peers.FOLDER.glob("zcompile-*")), "no name is left"
+
+
+def test_eager_and_overlapped_runs_too(ranks: Ranks) -> None:
+    pool = ranks(4)
+    first = pool.run(train, "int8", True, timeout=120.0)
+    for overlap, compiled in ((2, True), (0, False)):
+        for a, b in zip(first, pool.run(train, "int8", True, 3, overlap, compiled, timeout=120.0), strict=True):
+            assert a["losses"] == b["losses"]
+
+
+
+def slow_writer(rank: int, barrier: bool) -> list[float]:
+    """Rank 1 writes its copies late; with the barrier taken out, rank 0 reads what was there before."""
+    right, taken_out = refresh.run_hops, mock.patch.object(transfers, "barrier", lambda *arguments: None)
+
+    def late(unit: Any, full: bool = True) -> Iterator[int]:
+        for stage in right(unit, full):
+            if stage == 0 and rank == 1:
+                time.sleep(0.15)
+            yield stage
+
+    with mock.patch.object(refresh, "run_hops", late), contextlib.nullcontext() if barrier else taken_out:
+        found: list[float] = run_ledgerless(rank)
+    return found
+
+
+def run_ledgerless(rank: int) -> list[float]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plan = Plan.preset("zero_topo", peer_gather=True, **FORMATS["int8"])
+    model: Any = hierarchical_zero(Awkward(), topology="2x2", plan=plan, compute_dtype=torch.bfloat16, codegen=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for number in range(2):
+        loss = model(torch.randn(4, 24, generator=torch.Generator().manual_seed(10 * number + rank)))
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def test_nobody_reads_a_copy_before_it_is_written(ranks: Ranks) -> None:
+    pool = ranks(4)
+    expected = pool.run(run_ledgerless, timeout=120.0)
+    assert pool.run(slow_writer, True, timeout=120.0) == expected
+    assert pool.run(slow_writer, False, timeout=120.0) != expected, "without the barrier this test sees it"
+
+
+def refused(rank: int, how: str) -> str:
+    """The error of a wrap whose memory cannot be had; on all ranks."""
+    missing = Path("/nowhere-zcompile")
+    allocate = os.posix_fallocate
+
+    def full(handle: int, start: int, size: int) -> None:
+        if rank == 2:
+            raise OSError(errno.ENOSPC, "full")
+        allocate(handle, start, size)
+
+    exists = Path.exists
+
+    def unseen(path: Path) -> bool:
+        return exists(path) and not (rank == 3 and path.name.startswith("zcompile-"))
+
+    patches = {
+        "no room": mock.patch.object(os, "posix_fallocate", full),
+        "another host": mock.patch.object(Path, "exists", unseen),
+        "no folder": mock.patch.object(peers, "FOLDER", missing if rank == 0 else peers.FOLDER),
+    }
+    with patches[how]:
+        try:
+            hierarchical_zero(Awkward(), topology="2x2", plan=Plan.preset("zero_topo", peer_gather=True), sync_init=True,
+                              compute_dtype=torch.bfloat16, compile=False)  # fmt: skip
+        except peers.PeerMemoryError as error:
+            return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("no room", ("rank 2", "No space left", "64 MB")),
+        ("another host", ("rank 3 does not see the memory of rank 2", "on one host")),
+        ("no folder", ("rank 0", "No such file")),
+    ],
+)
+def test_memory_that_cannot_be_had_is_an_error_on_all_ranks(ranks: Ranks, how: str, words: tuple[str, ...]) -> None:
+    for text in ranks(4).run(refused, how, timeout=60.0):
+        assert all(word in text for word in (*words, "`node`"))
+    assert not list(peers.FOLDER.glob("zcompile-*"))
+
+
+def test_plans_that_have_nothing_to_read() -> None:
+    from zcompile.topology import Topology
+
+    levels = Topology.parse("2x2x2")
+    with pytest.raises(ValueError, match="peer_gather='yes': must be True or False"):
+        Plan.preset("zero_topo", peer_gather="yes")
+    with pytest.raises(ValueError, match=r"peer_gather=True with weights over pair and node.*valid: weights='pair'"):
+        Plan.preset("zeropp", peer_gather=True).resolve(levels, "bfloat16")
+    assert (
+        "read the other ranks' memory"
+        in Plan.preset("zero_topo", peer_gather=True).resolve(levels, "bfloat16").describe()
+    )
+
+
+def test_a_buffer_that_nobody_shared() -> None:
+    with pytest.raises(RuntimeError, match=r"peer_gather of a buffer of 8 bytes.*peer_gather=True"):
+        kernels.peer_gather(
+            torch.zeros(8, dtype=torch.uint8), 2, "zc.2.node.gather", "[2,0,[[4,8]]]", "", torch.float32
+        )
+
+
+@pytest.mark.parametrize("code", ["int8/64/bf16/nearest", "int4/64/bf16/nearest", ""])
+def test_the_kernel_equals_dequantising_what_a_gather_brings(code: str) -> None:
+    """Parameters with holes, four ranks, each reading as each of them."""
+    from zcompile.kernels import reference
+    from zcompile.kernels.code import Code
+    from zcompile.kernels.geometry import Geometry, Piece
+
+    spans = ((0, 128), (128, 100), (228, 0), (228, 72))
+    geometry = Geometry(4, (Piece(128, 512), Piece(128, 300, spans)), False)
+    generator = torch.Generator().manual_seed(3)
+    wholes = [torch.randn(piece.numel, generator=generator) for piece in geometry.pieces]
+    if code:
+        message = reference.quantize(wholes, geometry, Code.parse(code))
+        expected = reference.dequantize(message, geometry, Code.parse(code), torch.float32)
+    else:
+        rows = torch.zeros(4, 256)
+        for row in range(4):
+            for index, piece in enumerate(geometry.pieces):
+                start, valid = piece.span(row)
+                rows[row, 128 * index : 128 * index + valid] = wholes[index][start : start + valid]
+        message = rows.reshape(-1)
+        expected = torch.cat([torch.cat((w, w.new_zeros(-len(w) % 64))) for w in wholes])
+    parts = tuple(part.clone() for part in message.view(4, -1))
+    for rank in range(4):
+        seen: list[int] = []
+        memory.register(parts[rank], memory.Peers(rank, seen.append, parts))
+        found = kernels.peer_gather(parts[rank], 4, "zc.4.node.gather", geometry.text, code, torch.float32)
+        memory.forget(parts[rank])
+        for start, piece in zip(geometry.starts, geometry.pieces, strict=False):
+            assert torch.equal(found[start : start + piece.numel], expected[start : start + piece.numel])
+        assert seen == [3 * parts[0].numel() * parts[0].itemsize]

@@ -1,0 +1,78 @@
+"""Messages that post their receives first: what gloo's own collectives give, in any order of sizes, and errors that end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.spawn import Pool, run
+
+from zcompile.swap import METHODS, Swap
+
+Ranks = Callable[[int], Pool]
+SIZES = (1, 5, 4096, 300_001)
+
+
+def beside_gloo(rank: int) -> list[str]:
+    """Both kinds of message of many sizes and dtypes, many in flight at once; what differs from gloo's own."""
+    group, wrong = dist.group.WORLD, []
+    world, swap = dist.get_world_size(), Swap(group, 20.0)
+    jobs: list[tuple[str, Any, torch.Tensor, torch.Tensor]] = []
+    for number, size in enumerate(SIZES):
+        for dtype in (torch.float32, torch.bfloat16, torch.uint8):
+            generator = torch.Generator().manual_seed(100 * number + rank)
+            mine = torch.randint(0, 255, (size,), generator=generator).to(dtype)
+            parts = torch.randint(0, 255, (size * world,), generator=generator).to(dtype)
+            for kind, x, out in (("gather", mine, size * world), ("exchange", parts, size * world)):
+                got, expected = torch.empty(out, dtype=dtype), torch.empty(out, dtype=dtype)
+                if kind == "gather":
+                    dist.all_gather_into_tensor(expected, x)
+                    jobs.append((f"{kind} {size} {dtype}", swap.all_gather(got, x), got, expected))
+                else:
+                    dist.all_to_all_single(expected, x)
+                    jobs.append((f"{kind} {size} {dtype}", swap.all_to_all(got, x), got, expected))
+    for name, work, got, expected in reversed(jobs):  # waited for in another order than they were launched in
+        work.wait()
+        if not torch.equal(got, expected):
+            wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_results_are_those_of_gloo(ranks: Ranks, world: int) -> None:
+    assert ranks(world).run(beside_gloo) == [[]] * world
+
+
+def who_handles(rank: int) -> list[bool]:
+    swap = Swap(dist.group.WORLD, 20.0)
+    output, mine = torch.empty(6), torch.arange(6.0)
+    even = METHODS["all_to_all_single"](swap, (output, mine, [3, 3], [3, 3]))
+    assert even is not None and even.wait()
+    uneven = METHODS["all_to_all_single"](swap, (output, mine, [2, 4], [2, 4]))
+    several = METHODS["all_gather_single_coalesced"](swap, ([torch.empty(2)] * 2, [torch.empty(1)] * 2))
+    return [even is not None, uneven is None, several is None]
+
+
+def test_what_it_does_not_do_is_left_to_the_group(ranks: Ranks) -> None:
+    assert ranks(2).run(who_handles) == [[True] * 3] * 2
+
+
+def alone(rank: int) -> Any:
+    if rank:
+        time.sleep(2.5)
+        return None
+    start = time.monotonic()
+    try:
+        Swap(dist.group.WORLD, 0.7).all_gather(torch.empty(2), torch.ones(1)).wait()
+    except RuntimeError:
+        return time.monotonic() - start
+    return "no error"
+
+
+def test_a_member_that_does_not_come_is_an_error_in_time() -> None:
+    seconds = run(alone, 2)[0]
+    assert 0.5 < seconds < 2.4

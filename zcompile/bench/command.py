@@ -1,0 +1,230 @@
+"""`zcompile bench`: the same model, data and steps with each system in turn, A B C A B C ..., and who is faster.
+
+Without a launcher it starts the ranks on this machine, over loopback or over a network that it shapes itself (`--mbit`: root), a fresh
+set of processes for each run. Under a launcher (torchrun, srun) the ranks are the launcher's, and all systems run in them one after the
+other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from zcompile.bench import network, report, systems
+from zcompile.bench.rank import Task, build
+from zcompile.cli import write_json
+from zcompile.topology import Topology
+
+MOST_RANKS = 64
+TIMEOUT = 900.0
+"""Seconds for one run of all ranks, compiling included."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--systems", default=" ".join(systems.DEFAULT), metavar="NAMES",
+        help=f"separated by blanks: {', '.join((*systems.PEERS, *systems.OURS))}; zc:PRESET,option=value,...; label=file.py:function "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--model", default="gpt-21m", help="a named shape, or file.py:function (default: %(default)s)")
+    parser.add_argument("--topology", default="2x2x2", help="sizes, fastest first (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences per rank and step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps of a run (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them, from 2 on (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=2, help="runs of each system (default: %(default)s)")
+    parser.add_argument(
+        "--mbit", metavar="NODE,CLUSTER",
+        help="shape a network: Mbit/s of a pair's link and of a node's uplink, 0 for no limit; needs root (default: loopback)",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
+    parser.add_argument("--chart", metavar="FILE", help="draw bars there (.png, .svg); needs matplotlib")
+
+
+def refusal(arguments: argparse.Namespace) -> str:
+    """What is wrong with the arguments; "" if nothing is."""
+    try:
+        names = arguments.systems.split()
+        for name in names:
+            systems.parse(name)
+        if not names:
+            return "--systems is empty"
+        if len({systems.label(name) for name in names}) < len(names):
+            return f"--systems {arguments.systems!r}: two of them have one name"
+        topology = Topology.parse(arguments.topology)
+        if ".py:" not in arguments.model:
+            with torch.device("meta"):
+                build(arguments.model)
+        rates(arguments.mbit)
+    except ValueError as error:
+        return str(error)
+    for name, least in (("batch", 1), ("steps", 1), ("warmup", 2), ("repetitions", 1)):
+        if getattr(arguments, name) < least:
+            return f"--{name} {getattr(arguments, name)}: must be a number from {least}"
+    if not 1 <= topology.world_size <= MOST_RANKS and not launched():
+        return f"topology {topology.key} has {topology.world_size} ranks: a process is started for each; valid: up to {MOST_RANKS}"
+    if arguments.mbit and launched():
+        return "--mbit shapes a network for ranks that are started here; under a launcher the network is the launcher's"
+    if arguments.mbit and len(topology.sizes) != 3:
+        return f"--mbit: a shaped network has three levels (pair x node x cluster), topology {topology.key} has {len(topology.sizes)}"
+    if arguments.mbit and network.missing():
+        return f"--mbit: {network.missing()}"
+    return ""
+
+
+def rates(text: str | None) -> tuple[float, float] | None:
+    """ "400,100" -> (400, 100). ValueError if it is something else."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    try:
+        node, cluster = (float(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"--mbit {text!r}: must be two numbers, such as 400,100") from None
+    if node < 0 or cluster < 0:
+        raise ValueError(f"--mbit {text!r}: must not be negative")
+    return node, cluster
+
+
+def launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def machine_rates(topology: Topology, mbit: tuple[float, float] | None) -> dict[str, float]:
+    """What is known of the machine, for zcompile's schedule: the shaped links' B/s as each rank has its share of them, and this computer's
+    FLOP/s and B/s, measured here and divided by the ranks that share its cores."""
+    share = min(1.0, (os.cpu_count() or 1) / topology.world_size)
+    found = {"flops": share * _flops(), "memory": share * _memory()}
+    if mbit is not None:
+        per_pair, per_node = topology.sizes[0], topology.sizes[0] * topology.sizes[1]
+        for name, limit, ranks in (("node", mbit[0], per_pair), ("cluster", mbit[1], per_node)):
+            if limit:
+                found[name] = limit * 1e6 / 8 / ranks
+        found["pair"] = share * _memory() / 4  # a copy into the socket and one out of it, on both sides
+    return found
+
+
+def _flops(size: int = 512) -> float:
+    a = torch.randn(size, size).bfloat16()
+    return 2 * size**3 / min(_timed(lambda: a @ a) for _ in range(5))
+
+
+def _memory(size: int = 1 << 24) -> float:
+    a = torch.zeros(size)
+    b = torch.empty_like(a)
+    return 8 * size / min(_timed(lambda: b.copy_(a)) for _ in range(5))
+
+
+def _timed(function: Any) -> float:
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def run_here(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
+    """Start the ranks of every run on this machine."""
+    topology, mbit = Topology.parse(arguments.topology), rates(arguments.mbit)
+    names, known = arguments.systems.split(), machine_rates(topology, mbit)
+    here = network.Shaped(topology.sizes, *mbit) if mbit else network.Local(topology.sizes)
+    result = _result(arguments, here.description, names)
+    with tempfile.TemporaryDirectory(prefix="zcompile-bench") as folder, here:
+        out, log = Path(folder) / "out.json", Path(folder) / "log"
+        for repetition in range(arguments.repetitions):
+            for name in names:
+                task = _task(arguments, name, str(out), known)
+                command = [sys.executable, "-m", "zcompile.bench.rank", json.dumps(asdict(task))]
+                begin, out_of = time.monotonic(), arguments.repetitions
+                worked = here.run(command, {"TORCH_CPP_LOG_LEVEL": "ERROR"}, log, TIMEOUT)
+                found = json.loads(out.read_text()) if worked else {"system": name, "error": reason(log)}
+                out.unlink(missing_ok=True)
+                _add(result, found, repetition)
+                text = f"{found['seconds']:.3f} s a step" if worked else found["error"]
+                say(
+                    f"run {repetition + 1} of {out_of}: {systems.label(name)}: {text}, {time.monotonic() - begin:.0f} s in all"
+                )
+    return result
+
+
+def reason(log: Path) -> str:
+    """The error in the ranks' output that says most: the first that is not about a connection that another rank's death closed."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or "Exception" in line]
+    own = [line for line in errors if "Connection" not in line and "File" not in line]
+    return (own or errors or lines or [f"no output, or not over after {TIMEOUT:g} s"])[0][:400]
+
+
+def run_launched(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
+    """In the launcher's ranks, one system after the other. The same result on every rank."""
+    from zcompile.bench.rank import measure
+    from zcompile.launcher import init_from_launcher
+
+    init_from_launcher()
+    names = arguments.systems.split()
+    result = _result(arguments, "the launcher's ranks", names)
+    for repetition in range(arguments.repetitions):
+        for name in names:
+            task = _task(arguments, name, "", {})
+            try:
+                found = {**asdict(task), **measure(task)}
+            except (ImportError, ValueError, RuntimeError) as error:
+                found = {"system": name, "error": f"{type(error).__name__}: {error}"[:400]}
+            _add(result, found, repetition)
+            say(f"run {repetition + 1} of {arguments.repetitions}: {systems.label(name)}")
+    return result
+
+
+def _task(arguments: argparse.Namespace, name: str, out: str, known: dict[str, float]) -> Task:
+    return Task(
+        name, arguments.model, arguments.topology, arguments.batch, arguments.steps, arguments.warmup, out, rates=known
+    )
+
+
+def _result(arguments: argparse.Namespace, description: str, names: list[str]) -> dict[str, Any]:
+    return {
+        "model": arguments.model, "topology": arguments.topology, "network": description, "batch": arguments.batch,
+        "steps": arguments.steps, "repetitions": arguments.repetitions, "torch": torch.__version__, "cores": os.cpu_count(),
+        "order": names, "parameters": 0, "tokens_per_step": 0, "runs": [],
+    }  # fmt: skip
+
+
+def _add(result: dict[str, Any], found: dict[str, Any], repetition: int) -> None:
+    result["runs"].append({**found, "repetition": repetition})
+    if "parameters" in found:
+        result["parameters"], result["tokens_per_step"] = found["parameters"], found["tokens"]
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """0: every system ran; 1: one did not; 2: bad arguments."""
+    errors = Console(stderr=True, soft_wrap=True)
+    why = refusal(arguments)
+    if why:
+        errors.print(f"zcompile bench: {why}", style="red", markup=False)
+        return 2
+    begin, first = time.monotonic(), not launched() or os.environ.get("RANK") == "0"
+
+    def say(text: str) -> None:
+        if first:
+            errors.print(f"{text} ({time.monotonic() - begin:.0f} s)", style="dim", markup=False)
+
+    try:
+        result = run_launched(arguments, say) if launched() else run_here(arguments, say)
+    except network.NetworkError as error:
+        errors.print(f"zcompile bench: {error}", style="red", markup=False)
+        return 2
+    report.summarise(result)
+    result["seconds"] = round(time.monotonic() - begin, 1)
+    if first:
+        report.show(result, Console(stderr=arguments.json == "-", width=None if sys.stdout.isatty() else 170))
+        write_json(result, arguments.json)
+        if arguments.chart:
+            report.chart([result], Path(arguments.chart))
+    return 1 if any("error" in row for row in result["systems"].values()) else 0

@@ -1,0 +1,135 @@
+"""What `zcompile bench` found, as a table and as a bar chart; the JSON is the result itself."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from zcompile.bench.systems import label
+
+
+def summarise(result: dict[str, Any]) -> dict[str, Any]:
+    """Adds to `result` one row per system: over its repetitions the mean of the mean step, the spread, the ratio to the best.
+
+    result["systems"]: label -> {"seconds": mean, "spread": [lowest, highest repetition], "ratio": of the fastest system's seconds,
+    "tokens_per_second", "cpu_seconds" (all ranks, a step), "peak_bytes" (of the rank with the most), "bytes" (level -> a step, at the
+    interfaces), "loss" (after the last step), "setup_seconds", "runs", "error" (of a system that did not run)}; result["fastest"].
+    """
+    rows: dict[str, Any] = {}
+    for name in result["order"]:
+        runs = [run for run in result["runs"] if run["system"] == name and "error" not in run]
+        failures = [run["error"] for run in result["runs"] if run["system"] == name and "error" in run]
+        if not runs:
+            rows[label(name)] = {"runs": 0, "error": failures[0] if failures else "did not run"}
+            continue
+        seconds = [run["seconds"] for run in runs]
+        mean = statistics.fmean(seconds)
+        rows[label(name)] = {
+            "seconds": mean,
+            "spread": [min(seconds), max(seconds)],
+            "tokens_per_second": result["tokens_per_step"] / mean,
+            "cpu_seconds": statistics.fmean(run["cpu_seconds"] for run in runs),
+            "peak_bytes": max(run["peak_bytes"] for run in runs),
+            "bytes": {level: statistics.fmean(run["bytes"][level] for run in runs) for level in runs[0]["bytes"]},
+            "loss": runs[-1]["losses"][-1],
+            "setup_seconds": statistics.fmean(run["setup_seconds"] for run in runs),
+            "runs": len(runs),
+            **({"error": failures[0]} if failures else {}),
+        }
+    timed = {name: row["seconds"] for name, row in rows.items() if "seconds" in row}
+    best = min(timed.values(), default=0.0)
+    for name, seconds in timed.items():
+        rows[name]["ratio"] = seconds / best
+    result["systems"] = rows
+    result["fastest"] = min(timed, key=lambda name: timed[name]) if timed else None
+    return result
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """One sentence: who is fastest, and by how much, whoever it is; with what the spread allows to say."""
+    rows, first = result["systems"], result["fastest"]
+    others = {name: row for name, row in rows.items() if "seconds" in row and name != first}
+    if first is None:
+        return "no system ran"
+    if not others:
+        return f"{first} ran alone"
+    second = min(others, key=lambda name: others[name]["seconds"])
+    lead = others[second]["seconds"] / rows[first]["seconds"]
+    apart = others[second]["spread"][0] > rows[first]["spread"][1]
+    doubt = "" if apart else "; their spreads overlap: take it as a draw"
+    if rows[first]["runs"] == 1:
+        doubt = "; one run each, so nothing is known of the spread"
+    return f"{first} is fastest: {lead:.2f} times as fast as {second}{doubt}"
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    levels = next((list(row["bytes"]) for row in result["systems"].values() if row.get("bytes")), [])
+    table = Table(title=_title(result), title_justify="left")
+    table.add_column("system")
+    for column in (
+        "step s",
+        "spread",
+        "x",
+        "tokens/s",
+        *(f"{level} MB" for level in levels),
+        "peak MiB",
+        "CPU s",
+        "loss",
+    ):
+        table.add_column(column, justify="right")
+    for name, row in sorted(result["systems"].items(), key=lambda item: item[1].get("seconds", float("inf"))):
+        if "seconds" not in row:
+            table.add_row(name, "did not run", *[""] * (len(table.columns) - 2))
+            continue
+        low, high = row["spread"]
+        table.add_row(
+            name, f"{row['seconds']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['ratio']:.2f}", f"{row['tokens_per_second']:.0f}",
+            *(f"{row['bytes'].get(level, 0) / 1e6:.1f}" for level in levels), f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['cpu_seconds']:.2f}", f"{row['loss']:.4f}",
+        )  # fmt: skip
+    console.print(table)
+    for name, row in result["systems"].items():
+        if "error" in row:
+            console.print(f"{name}: {row['error']}", style="red", markup=False)
+    console.print(verdict(result), markup=False)
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    return (
+        f"{result['model']}, {result['parameters']:,} parameters, {result['topology']} ({result['network']}), batch {result['batch']} "
+        f"a rank, {result['steps']} steps, {result['repetitions']} run(s) each, interleaved"
+    )
+
+
+def chart(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Seconds of a step by system, spread as whiskers, one panel per result. The format is that of the name (.png, .svg).
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("--chart needs matplotlib: pip install 'zcompile[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(results), figsize=(6.5 * len(results), 4), squeeze=False)
+    for panel, result in zip(panels[0], results, strict=True):
+        rows = [(name, row) for name, row in result["systems"].items() if "seconds" in row]
+        rows.sort(key=lambda item: -item[1]["seconds"])
+        seconds = [row["seconds"] for _, row in rows]
+        below = [row["seconds"] - row["spread"][0] for _, row in rows]
+        above = [row["spread"][1] - row["seconds"] for _, row in rows]
+        ours = ["tab:orange" if name.startswith("zc") else "tab:blue" for name, _ in rows]
+        panel.barh([name for name, _ in rows], seconds, xerr=[below, above], color=ours, capsize=3)
+        panel.set_xlabel("seconds a step (mean; whiskers: lowest and highest run)")
+        panel.set_title(f"{result['model']}, {result['network']}, batch {result['batch']} a rank", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
