@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 import zcompile
 from zcompile.cost import transfer_bytes
 from zcompile.layout import ParamSpec
+from zcompile.overlap import Lane, Overlap, measured
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # with PYTHONSAFEPATH=1 Python does not do so
 from gpt import GPT, Batches, Corpus, Shape, bigram_entropy, windows
@@ -103,6 +104,8 @@ class Run:
     rank: int
     ranks: int
     step: int = 0
+    overlap: Overlap | None = None
+    """Of the last step, on this rank."""
 
     def __post_init__(self) -> None:
         micro_step = self.ranks * self.arguments.micro_batch * self.batches.context
@@ -131,6 +134,13 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        return loss
+
+    def watched_step(self) -> Tensor:
+        """A step under torch's profiler: how much of the transfers did it hide?"""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss = self.train_step()
+        self.overlap = measured(profile)
         return loss
 
     @torch.no_grad()
@@ -257,7 +267,8 @@ def train(run: Run, console: Console, metrics: IO[str] | None) -> tuple[float, f
     marked_step, first = run.step, 0.0
     with progress_bar(run, console) as (progress, task):
         while run.step < options.steps:
-            loss = run.train_step()
+            watched = run.step == options.steps - 1 and run.rank == 0
+            loss = run.watched_step() if watched else run.train_step()
             progress.advance(task)
             first = first or time.perf_counter() - started
             if options.save_every and run.step % options.save_every == 0 and run.step < options.steps:
@@ -291,6 +302,14 @@ def write(metrics: IO[str] | None, **values: Any) -> None:
         metrics.flush()
 
 
+def waiting(overlap: Overlap | None) -> str:
+    if overlap is None:
+        return "no step was watched"
+    if not overlap.lanes:
+        return "no hop was found in the trace: nothing is known"
+    return f"waiting for refreshes: {1e3 * overlap.refresh_exposed:.0f} ms; {overlap.matched:.0%} of all waiting is accounted for"
+
+
 def report(
     run: Run, console: Console, metrics: IO[str] | None, seconds: float, first: float, validation: float
 ) -> None:
@@ -313,13 +332,23 @@ def report(
     for owner in memory[0]:
         sizes = [rank[owner] for rank in memory]
         owners.add_row(owner, amount(min(sizes)), amount(max(sizes)))
+    hidden = Table(
+        "level", title="hops of rank 0 in the last step, from a profiler's trace", caption=waiting(run.overlap)
+    )
+    for heading in ("hops", "under way", "hidden", "exposed"):
+        hidden.add_column(heading, justify="right")
+    for level in counted:
+        lane = run.overlap.level(level) if run.overlap else Lane()
+        hidden.add_row(
+            level, str(lane.hops), *(f"{1e3 * t:.0f} ms" for t in (lane.under_way, lane.hidden, lane.exposed))
+        )
     summary = Table("summary", "", title=f"{run.step} steps of {run.tokens_per_step} bytes on {run.ranks} ranks")
     summary.add_row("time", f"{seconds:.0f} s, of which {first:.0f} s until the first step was done")
     summary.add_row("validation loss", f"{validation:.4f} nats per byte")
     summary.add_row("bigram entropy", f"{bigram:.4f} nats per byte, of the validation data")
     verdict = "[green]below bigram entropy" if validation < bigram else "[yellow]not below bigram entropy"
     summary.add_row("verdict", verdict)
-    for table in (traffic, owners, summary):
+    for table in (traffic, owners, hidden, summary):
         console.print(table)
     write(
         metrics,
@@ -332,6 +361,7 @@ def report(
         received=counted,
         zero3=flat,
         memory=memory,
+        overlap=run.overlap.as_dict() if run.overlap else None,
     )
 
 

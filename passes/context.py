@@ -21,6 +21,7 @@ class Context:
         overlap: buckets whose hops may be under way while the graph computes; 0: none.
         memory: bytes that these may take, in each direction; 0: what so many buckets take.
         decompositions: what traced code is decomposed with (empty without code generation).
+        expected: by the schedule: "seconds" of the graph, and "exposed LEVEL", those of it in which it waits for hops of that level.
         notes: one line per thing a pass did, by pass; shown in the dump.
     """
 
@@ -32,6 +33,7 @@ class Context:
     notes: dict[str, list[str]] = field(default_factory=dict)
     overlap: int = 0
     memory: int = 0
+    expected: dict[str, float] = field(default_factory=dict)
     predicted: dict[tuple[str, str], int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -37,9 +37,10 @@ def run(gm: GraphModule, context: Context) -> None:
         context.note("off: a buffer is written on the way of a transfer, whose order must stay")
         return
     arrange(gm.graph, order)
+    context.expected = {"seconds": schedule.now, **{f"exposed {k}": v for k, v in schedule.exposed.items()}}
     context.note(
         f"{len(schedule.gathers)} gathered buckets, {len(schedule.reductions)} reductions, at most {context.overlap + 1} of each in "
-        f"flight; by the machine's data {schedule.now * 1e3:.3f} ms, {schedule.exposed * 1e3:.3f} ms of it waiting"
+        f"flight; by the machine's data {schedule.now * 1e3:.3f} ms, {sum(schedule.exposed.values()) * 1e3:.3f} ms of it waiting"
     )
 
 
@@ -75,6 +76,7 @@ class _Chain:
         size: bytes that it holds while in flight.
         done: stages that have been placed.
         arrives: when what the next stage waits for is expected.
+        level: of the hop that it waits for; "": of none yet.
     """
 
     place: int
@@ -82,6 +84,7 @@ class _Chain:
     size: int = 0
     done: int = 0
     arrives: float = 0.0
+    level: str = ""
 
     def append(self, nodes: list[Node]) -> None:
         for node in nodes:
@@ -108,7 +111,8 @@ class _Schedule:
         self.gathers = self._gathers(context)
         self.reductions = self._reductions()
         self.now = 0.0
-        self.exposed = 0.0
+        self.exposed: dict[str, float] = {}
+        """Seconds of waiting by level; "refresh": for a copy."""
         self._free = dict.fromkeys(self.levels, 0.0)
         self._out: list[Node] = []
         self._placed: set[Node] = set()
@@ -151,7 +155,8 @@ class _Schedule:
     def _advance(self, chain: _Chain) -> None:
         """Place the next stage of a chain: wait for what it needs, and launch the next hop."""
         if chain.arrives > self.now:
-            self.exposed += chain.arrives - self.now
+            what = chain.level or "refresh"
+            self.exposed[what] = self.exposed.get(what, 0.0) + chain.arrives - self.now
             self.now = chain.arrives
         for node in chain.stages[chain.done]:
             self._before(node)
@@ -165,6 +170,7 @@ class _Schedule:
     def _launched(self, chain: _Chain, node: Node) -> None:
         """A hop takes its level's lane when those before it are over."""
         entry = collective_of(node)
+        chain.level = entry.level
         begin = max(self.now, self._free[entry.level])
         self._free[entry.level] = chain.arrives = begin + hop_seconds(self.levels[entry.level], entry.bytes)
 

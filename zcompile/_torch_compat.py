@@ -248,6 +248,13 @@ class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", object)):  # t
         return "zcompile: launches and waits in order"
 
 
+def profiling() -> bool:
+    """Whether torch's profiler records (2.13: torch.autograd.profiler keeps the flag for its own fast path)."""
+    from torch.autograd import profiler
+
+    return bool(getattr(profiler, "_is_profiler_enabled", False))
+
+
 def symmetric_memory(size: int, device: torch.device, group: Any) -> tuple[list[Tensor], list[int]]:
     """Every rank's [size] uint8, readable from here, and where it lies in this device's memory; in the order of the named group
     (2.13: torch.distributed._symmetric_memory). RuntimeError where the devices cannot reach one another.

@@ -242,8 +242,12 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
 def ledger(model: nn.Module) -> dict[str, Any]:
     """Bytes one rank received in the last step: {"levels": {level: {transfer: {"predicted", "compiled", "counted"}}}, ...}.
 
-    Transfers are gather, reduce, sync and refresh; a step ends with a synchronising backward. The three columns come from the closed
-    forms, from the collective nodes of the graphs that ran, and from the process groups; they are equal, or something is wrong.
+    "schedule" says what the schedule expects of each graph, by the machine's data: its seconds, and those of it that are exposed waiting,
+    by level; zcompile.overlap measures the same in a profiler's trace.
+
+    Transfers are gather, reduce, sync and refresh (and barrier, with peer gathers); a step ends with a synchronising backward. The three
+    columns come from the closed forms, from the collective nodes of the graphs that ran, and from the process groups; they are equal, or
+    something is wrong.
     """
     return traffic.report(_engine(model, "ledger"))
 

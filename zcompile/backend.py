@@ -119,6 +119,7 @@ class Compilation:
         begin, misses = time.perf_counter(), code_cache_misses()
         code = self._generate(gm, example_inputs, details, order) if self.options.codegen else boxed(gm)
         program = Program(context.name, stage, self.engine, code, collectives, context.predicted, compiled)
+        program.expected = context.expected
         program.seconds = {**context.seconds, "codegen": time.perf_counter() - begin}
         if self.options.codegen:
             program.code = "generated" if code_cache_misses() > misses else "loaded"

@@ -7,6 +7,8 @@ role is one purpose.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import threading
 import time
@@ -16,9 +18,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from zcompile import _torch_compat as compat
 from zcompile.swap import METHODS, MOST_MEMBERS, Swap
+
+_NUMBERS = itertools.count()
+"""Of hops in a profiler's trace: see zcompile.overlap."""
 
 CounterKey = tuple[str, str, str]
 """(level name, transfer, op)"""
@@ -183,9 +189,13 @@ _COLLECTIVES: dict[str, tuple[Received, tuple[str, ...]]] = {
 
 def _counted(op: str, method: str, received: Received) -> Callable[..., Any]:
     def collective(self: CountingGroup, *args: Any, **keywords: Any) -> Any:
-        work = METHODS[method](self.swap, args) if self.swap and method in METHODS else None
-        if work is None:
-            work = getattr(self.inner, method)(*args, **keywords)
+        label = f"{self.level} {self.transfer} {next(_NUMBERS)}" if compat.profiling() else ""
+        with record_function(f"zc launch {label}") if label else contextlib.nullcontext():
+            work = METHODS[method](self.swap, args) if self.swap and method in METHODS else None
+            if work is None:
+                work = getattr(self.inner, method)(*args, **keywords)
+            else:
+                work.label = label
         self.tally.add((self.level, self.transfer, op), received(self, args))
         return work
 

@@ -23,6 +23,7 @@ class Program:
         collectives: the ordered list; `identity` is a number that is equal where the lists are.
         seconds: wall time by pass, and of code generation ("codegen") with the waiting for another rank's.
         code: where the code came from: "generated", "loaded" or "interpreted".
+        expected: what the schedule expects of it, in seconds by the machine's data: see zcompile.passes.context.
         predicted, compiled: bytes one rank receives when it runs, by closed form and from the graph.
     """
 
@@ -37,6 +38,7 @@ class Program:
         self.identity = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
         self.runs = 0
         self.seconds: dict[str, float] = {}
+        self.expected: dict[str, float] = {}
         self.code = "interpreted"
 
     def entry(self) -> Callable[[list[Any]], Any]:

@@ -8,6 +8,7 @@ the same bytes, the same result. This is gloo's doing: NCCL and RCCL need none o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 MOST_MEMBERS = 16
 """In larger groups every member would hold a connection to every other: gloo's rings are left to do it."""
@@ -61,13 +63,15 @@ class Exchange(dist.Work):
 
     def __init__(self, works: list[Any], result: Tensor, timeout: timedelta):
         super().__init__()
+        self.label = ""
+        """What its wait is called in a profiler's trace; "" for nothing."""
         self._timeout = timeout
         self._works = works
         self._result = result
         self._lock = threading.Lock()
 
     def wait(self, timeout: Any = None) -> bool:
-        with self._lock:
+        with self._lock, record_function(f"zc wait {self.label}") if self.label else contextlib.nullcontext():
             works, self._works = self._works, []
             for work in works:
                 work.wait(timeout or self._timeout)  # gloo's own default is that of the group's making

@@ -138,5 +138,6 @@ def report(engine: Engine) -> dict[str, Any]:
         "levels": levels,
         "overhead_of_one_transfer_each": overhead,
         "memory": engine.memory(),
+        "schedule": {program.name: program.expected for program in engine.programs if program.expected},
         "plan": engine.plan.plan.name,
     }

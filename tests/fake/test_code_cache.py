@@ -104,6 +104,7 @@ OTHER: dict[str, Any] = {
     "back": Plan(back="bf16"),
     "full_refresh_every": Plan(full_refresh_every=3),
     "error_feedback": Plan(error_feedback=0.5),
+    "peer_gather": Plan(peer_gather=True),
     "rules": Plan(rules=(Rule("*", max_elements=8, weights="whole", gradients="whole"),)),
     "bucket_bytes": Plan(bucket_bytes=64),
     "name": Plan(name="another name"),

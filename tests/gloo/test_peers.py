@@ -42,7 +42,9 @@ class Awkward(nn.Module):
         return y.square().mean()
 
 
-def train(rank: int, formats: str, peer: bool, steps: int = 3, overlap: int = 0, compiled: bool = True) -> dict[str, Any]:
+def train(
+    rank: int, formats: str, peer: bool, steps: int = 3, overlap: int = 0, compiled: bool = True
+) -> dict[str, Any]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     plan = Plan.preset("zero_topo", peer_gather=peer, **FORMATS[formats])
@@ -87,7 +89,6 @@ def test_eager_and_overlapped_runs_too(ranks: Ranks) -> None:
     for overlap, compiled in ((2, True), (0, False)):
         for a, b in zip(first, pool.run(train, "int8", True, 3, overlap, compiled, timeout=120.0), strict=True):
             assert a["losses"] == b["losses"]
-
 
 
 def slow_writer(rank: int, barrier: bool) -> list[float]:
