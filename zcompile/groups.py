@@ -89,11 +89,20 @@ class CountingGroup(dist.ProcessGroup):
     """
 
     def __init__(
-        self, inner: dist.ProcessGroup, name: str, level: str, transfer: str, tally: Tally, swap: Swap | None = None
+        self,
+        inner: dist.ProcessGroup,
+        name: str,
+        level: str,
+        transfer: str,
+        tally: Tally,
+        swap: Swap | None = None,
+        stream: int = 0,
     ) -> None:
         super().__init__(inner.rank(), inner.size())  # type: ignore[call-arg]
         self.inner = inner
         self.swap = swap
+        self.stream = stream
+        """Of the swap: one for each transfer, as threads of their own launch some of them."""
         self.level = level
         self.transfer = transfer
         self.tally = tally
@@ -191,7 +200,7 @@ def _counted(op: str, method: str, received: Received) -> Callable[..., Any]:
     def collective(self: CountingGroup, *args: Any, **keywords: Any) -> Any:
         label = f"{self.level} {self.transfer} {next(_NUMBERS)}" if compat.profiling() else ""
         with record_function(f"zc launch {label}") if label else contextlib.nullcontext():
-            work = METHODS[method](self.swap, args) if self.swap and method in METHODS else None
+            work = METHODS[method](self.swap, args, self.stream) if self.swap and method in METHODS else None
             if work is None:
                 work = getattr(self.inner, method)(*args, **keywords)
             else:

@@ -23,6 +23,7 @@ from zcompile import _torch_compat as compat
 from zcompile.kernels import peers
 from zcompile.params import Unit, at_start
 from zcompile.runtime import Runtime
+from zcompile.swap import MOST_MEMBERS
 
 FOLDER = Path("/dev/shm")
 ALIGNMENT = 64
@@ -41,6 +42,9 @@ def share(units: Sequence[Unit], runtime: Runtime, device: torch.device) -> None
     """
     levels = sorted({unit.first.peer_level for unit in units} - {0})
     for level in levels:
+        ranks, name = runtime.topology.sizes[level - 1], runtime.topology.names[level - 1]
+        if device.type == "cpu" and runtime.real and ranks > MOST_MEMBERS:
+            raise PeerMemoryError(f"peer_gather over `{name}`: {ranks} ranks; on CPUs it is for up to {MOST_MEMBERS}")
         chosen = [unit for unit in units if unit.first.peer_level == level]
         starts, total = [], 0
         for unit in chosen:

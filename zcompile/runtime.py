@@ -96,7 +96,8 @@ class Runtime:
             for transfer, lane in LANES.items():
                 name = role_name(topology.key, topology.names[k - 1], transfer)
                 group, swap = lanes[lane], communicators.swap(lanes[lane])
-                self._roles[name] = CountingGroup(group, name, level.name, transfer, self._tally, swap)
+                stream = TRANSFERS.index(transfer)
+                self._roles[name] = CountingGroup(group, name, level.name, transfer, self._tally, swap, stream)
         everybody = list(range(topology.world_size))
         gloo = None if self._alone else communicators.get("", everybody, "world", "agreement", backend="gloo")
         self.agreement = Agreement(gloo, self.rank, topology.world_size, timeout)

@@ -23,11 +23,14 @@ from torch.profiler import record_function
 MOST_MEMBERS = 16
 """In larger groups every member would hold a connection to every other: gloo's rings are left to do it."""
 
+STREAMS = 8
 _TAGS = 1 << 20
+"""Of each stream; by then the messages that had a tag before are long over."""
 
 
 class Swap:
-    """The messages of one communicator. Every member calls the same methods in the same order: the call's number is its tag.
+    """The messages of one communicator. Within a stream every member calls the same methods in the same order: stream and number of the
+    call are its tag. Streams are independent of one another, so that threads may each use one of their own.
 
     Args:
         timeout: seconds that a wait may take before it raises.
@@ -37,20 +40,20 @@ class Swap:
         self.inner = inner
         self._timeout = timedelta(seconds=timeout)
         self._rank, self._size = inner.rank(), inner.size()
-        self._calls = itertools.count()
+        self._calls = [itertools.count() for _ in range(STREAMS)]
 
-    def all_gather(self, output: Tensor, mine: Tensor) -> Exchange:
+    def all_gather(self, output: Tensor, mine: Tensor, stream: int = 0) -> Exchange:
         """output [size * n] becomes every member's `mine` [n], in group order."""
         out, x = output.view(self._size, -1), mine.reshape(-1)
-        return self._exchange(out, [x] * self._size, x)
+        return self._exchange(out, [x] * self._size, x, stream)
 
-    def all_to_all(self, output: Tensor, mine: Tensor) -> Exchange:
+    def all_to_all(self, output: Tensor, mine: Tensor, stream: int = 0) -> Exchange:
         """output [size * n]: from every member that part of its `mine` [size * n] that is meant for this one."""
         out, parts = output.view(self._size, -1), mine.reshape(self._size, -1)
-        return self._exchange(out, list(parts), parts[self._rank])
+        return self._exchange(out, list(parts), parts[self._rank], stream)
 
-    def _exchange(self, out: Tensor, parts: Sequence[Tensor], own: Tensor) -> Exchange:
-        tag = next(self._calls) % _TAGS
+    def _exchange(self, out: Tensor, parts: Sequence[Tensor], own: Tensor, stream: int) -> Exchange:
+        tag = stream * _TAGS + next(self._calls[stream]) % _TAGS
         others = [(self._rank + k) % self._size for k in range(1, self._size)]
         works: list[Any] = [self.inner.recv([out[other]], other, tag) for other in reversed(others)]
         works += [self.inner.send([parts[other]], other, tag) for other in others]
@@ -97,21 +100,21 @@ def _tensor(value: Any) -> Tensor:
     return value
 
 
-def _gather(swap: Swap, args: tuple[Any, ...]) -> Exchange | None:
+def _gather(swap: Swap, args: tuple[Any, ...], stream: int) -> Exchange | None:
     if isinstance(args[0], (list, tuple)) and len(args[0]) != 1:
         return None
     output, mine = _tensor(args[0]), _tensor(args[1])
-    return swap.all_gather(output, mine) if output.is_contiguous() else None
+    return swap.all_gather(output, mine, stream) if output.is_contiguous() else None
 
 
-def _all_to_all(swap: Swap, args: tuple[Any, ...]) -> Exchange | None:
+def _all_to_all(swap: Swap, args: tuple[Any, ...], stream: int) -> Exchange | None:
     output, mine, *splits = args[:4]
     if any(len(set(split)) > 1 for split in splits if split) or not output.is_contiguous():
         return None
-    return swap.all_to_all(output, mine)
+    return swap.all_to_all(output, mine, stream)
 
 
-METHODS: dict[str, Callable[[Swap, tuple[Any, ...]], Exchange | None]] = {
+METHODS: dict[str, Callable[[Swap, tuple[Any, ...], int], Exchange | None]] = {
     "all_gather_single_coalesced": _gather,
     "all_gather_single": _gather,
     "allgather_into_tensor_coalesced": _gather,

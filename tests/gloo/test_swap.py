@@ -50,15 +50,31 @@ def test_results_are_those_of_gloo(ranks: Ranks, world: int) -> None:
 def who_handles(rank: int) -> list[bool]:
     swap = Swap(dist.group.WORLD, 20.0)
     output, mine = torch.empty(6), torch.arange(6.0)
-    even = METHODS["all_to_all_single"](swap, (output, mine, [3, 3], [3, 3]))
+    even = METHODS["all_to_all_single"](swap, (output, mine, [3, 3], [3, 3]), 0)
     assert even is not None and even.wait()
-    uneven = METHODS["all_to_all_single"](swap, (output, mine, [2, 4], [2, 4]))
-    several = METHODS["all_gather_single_coalesced"](swap, ([torch.empty(2)] * 2, [torch.empty(1)] * 2))
+    uneven = METHODS["all_to_all_single"](swap, (output, mine, [2, 4], [2, 4]), 0)
+    several = METHODS["all_gather_single_coalesced"](swap, ([torch.empty(2)] * 2, [torch.empty(1)] * 2), 0)
     return [even is not None, uneven is None, several is None]
 
 
 def test_what_it_does_not_do_is_left_to_the_group(ranks: Ranks) -> None:
     assert ranks(2).run(who_handles) == [[True] * 3] * 2
+
+
+def two_streams(rank: int) -> bool:
+    """Two threads' messages, launched in opposite orders on the two ranks."""
+    swap, outs, works = Swap(dist.group.WORLD, 10.0), [torch.empty(2 * 70_000) for _ in range(2)], []
+    for stream in (0, 1) if rank else (1, 0):
+        works.append(swap.all_gather(outs[stream], torch.full((70_000,), 10.0 * stream + rank), stream))
+    for work in works:
+        work.wait()
+    return all(
+        out.view(2, -1)[member].eq(10.0 * stream + member).all() for stream, out in enumerate(outs) for member in (0, 1)
+    )
+
+
+def test_streams_do_not_depend_on_one_anothers_order(ranks: Ranks) -> None:
+    assert ranks(2).run(two_streams) == [True, True]
 
 
 def alone(rank: int) -> Any:

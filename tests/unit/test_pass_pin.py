@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch._inductor.config as inductor
 from support.graphs import Hand, unit
@@ -65,3 +67,39 @@ def test_the_graphs_order_names_op_and_role() -> None:
 def test_every_switch_exists_in_this_torch() -> None:
     known = inductor.get_config_copy()
     assert set(pin.PATCHES) <= set(known)
+
+
+class Scheduled:
+    """As much of Inductor's scheduler node as keeping the order needs."""
+
+    def __init__(self, kind: str, buffer: str, asked: list[str]) -> None:
+        self.node, self.buffer = kind, buffer
+        self.scheduler = self
+        self.after: list[tuple[str, str, bool]] = []
+        self.asked = asked
+
+    def get_buffer_names(self) -> list[str]:
+        return [self.buffer]
+
+    def add_fake_dep(self, dep: Any) -> None:
+        self.after.append((dep.name, dep.mutating_buf, dep.is_fake))
+
+    def compute_ancestors(self) -> None:
+        self.asked.append("ancestors")
+
+
+def test_invariant_7_each_launch_and_wait_depends_on_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused kernel takes the place of its first part: what its other parts wait for must not come along."""
+    from torch._inductor import utils
+
+    monkeypatch.setattr(utils, "is_collective", lambda node: node == "launch")
+    monkeypatch.setattr(utils, "is_wait", lambda node: node == "wait")
+    asked: list[str] = []
+    nodes = [Scheduled(k, f"buf{i}", asked) for i, k in enumerate(("launch", "mm", "wait", "launch", "add", "wait"))]
+    keep = pin.PATCHES["_pre_fusion_custom_pass"]
+    assert keep(nodes) == nodes, "it moves nothing itself"
+    assert [node.after for node in nodes] == [
+        [], [], [("buf0", "buf2", True)], [("buf2", "buf3", True)], [], [("buf3", "buf5", True)]
+    ]  # fmt: skip
+    assert asked == ["ancestors"], "fusion asks these to avoid cycles"
+    assert keep([nodes[1]]) == [nodes[1]] and keep.uuid(), "a graph without collectives; and a name for the code cache"
