@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -215,6 +216,8 @@ def command(arguments: argparse.Namespace) -> int:
         if first:
             errors.print(f"{text} ({time.monotonic() - begin:.0f} s)", style="dim", markup=False)
 
+    # Ended from outside, it still takes its ranks and its network down.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         result = run_launched(arguments, say) if launched() else run_here(arguments, say)
     except network.NetworkError as error:
