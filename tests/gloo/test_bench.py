@@ -31,6 +31,7 @@ def bench(*arguments: str, timeout: float = 500) -> subprocess.CompletedProcess[
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_systems_side_by_side_train_the_same(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(OWN)
@@ -70,6 +71,7 @@ def spaces() -> set[str]:
     return {line.split()[0] for line in listed.splitlines() if line.strip()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(network.missing()), reason=network.missing())
 def test_a_shaped_network_limits_and_counts() -> None:
     before = spaces()
