@@ -27,10 +27,10 @@ from zcompile.passes.nodes import (
     COLLECTIVES,
     GATHER,
     PART,
-    PEER_GATHER,
     REDUCE,
     SEMANTIC,
     SUM,
+    TRAFFIC,
     WHOLE,
     WIRE,
     add_of,
@@ -201,7 +201,7 @@ class _Lowering:
                     args, kwargs = map_arg((copied.args, copied.kwargs), lambda n: n.meta["val"])
                     copied.meta = {k: v for k, v in anchor.meta.items() if k in _INHERITED}
                     copied.meta["val"] = cast(Any, copied.target)(*args, **kwargs)
-                    if node.target in (*COLLECTIVES, PEER_GATHER):
+                    if node.target in TRAFFIC:
                         copied.meta["zc_parameters"] = names
                         wire = _wire_of(copied, specs[0])
                         if wire.quantized:

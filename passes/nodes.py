@@ -46,7 +46,6 @@ VIEWS_AND_CASTS = {
     aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.alias.default, aten.detach.default,
     aten.clone.default, aten._to_copy.default, aten.as_strided.default, aten.split.Tensor, aten.unbind.int,
     aten.split_with_sizes.default, torch.ops.prims.convert_element_type.default, torch.ops.zcompile_kernels.dequantize.default,
-    torch.ops.zcompile_kernels.peer_gather.default,
 }  # fmt: skip
 
 
@@ -120,20 +119,16 @@ class Collective:
 
 def collective_of(node: Node) -> Collective:
     """What a collective node sends: read from its arguments and its output's shape, not from the plan."""
-    value = node.meta["val"]
+    value, copies = node.meta["val"], 1
     if node.target is PEER_GATHER:
-        copy, ranks, role = cast(Any, node.args[:3])
-        *_, level, transfer = role.split(".")
-        names = tuple(node.meta.get("zc_parameters", ()))
-        value = copy.meta["val"]
-        received, dtype = (ranks - 1) * value.numel() * value.itemsize, str(value.dtype).removeprefix("torch.")
-        return Collective(level, transfer, "peer_read", dtype, received, names, node.meta.get(WIRE, ""))
-    if node.target is ALL_GATHER:
+        copy, size, role = cast(Any, node.args[:3])
+        value, copies, op = copy.meta["val"], size, "peer_read"
+    elif node.target is ALL_GATHER:
         size, role, op = node.args[1], node.args[2], "all_gather"
     else:
         size, role, op = len(node.args[1]), node.args[3], "all_to_all"  # type: ignore[arg-type]
     assert isinstance(size, int) and isinstance(role, str)
-    total = math.prod(value.shape) * value.dtype.itemsize
+    total = copies * math.prod(value.shape) * value.dtype.itemsize
     *_, level, transfer = role.split(".")
     names = tuple(node.meta.get("zc_parameters", ()))
     dtype = str(value.dtype).removeprefix("torch.")

@@ -106,7 +106,7 @@ class _Schedule:
         self.at = {node: number for number, node in enumerate(self.nodes)}
         self.overlap, self.memory = context.overlap, context.memory
         topology = context.plan.topology
-        self.device = topology.device
+        self.seconds = {node: node_seconds(node, topology.device) for node in self.nodes}
         self.levels = {level.name: level for level in topology.levels}
         self.gathers = self._gathers(context)
         self.reductions = self._reductions()
@@ -136,7 +136,7 @@ class _Schedule:
                 continue
             if node in starts:
                 self._room(starts[node])
-            if node.op == "call_function" and node_seconds(node, self.device):
+            if self.seconds[node]:
                 self._catch_up()
             self._place(node)
             if node in starts:
@@ -150,7 +150,7 @@ class _Schedule:
     def _place(self, node: Node) -> None:
         self._out.append(node)
         self._placed.add(node)
-        self.now += node_seconds(node, self.device)
+        self.now += self.seconds[node]
 
     def _advance(self, chain: _Chain) -> None:
         """Place the next stage of a chain: wait for what it needs, and launch the next hop."""

@@ -88,26 +88,23 @@ def from_events(events: Iterable[tuple[str, int, float, float]]) -> Overlap:
             launches[match[4]] = start
         elif match:
             hops.append((match[2], match[3], match[4], thread, start, end))
-    graph_hops = []
-    for level, transfer, number, thread, start, end in hops:
+    for level, transfer, number, _, start, end in hops:
         lane = found.lanes.setdefault((level, transfer), Lane())
         lane.hops += 1
         lane.exposed += end - start
         lane.under_way += end - min(start, launches.get(number, start))
-        graph_hops.append((thread, start, end))
     inside = 0.0
-    threads = {thread for thread, _, _ in waits}
     for thread, start, end in waits:
         found.waits += end - start
-        own = [(a, b) for other, a, b in graph_hops if other == thread and start <= a and b <= end]
+        own = [(a, b) for _, _, _, other, a, b in hops if other == thread and start <= a and b <= end]
         inside += sum(b - a for a, b in own)
-        if not own and _on_a_graphs_thread(thread, threads, hops):
+        if not own and _on_a_graphs_thread(thread, hops):
             found.refresh_exposed += end - start
     found.matched = min(1.0, (inside + found.refresh_exposed) / found.waits) if found.waits else 1.0
     return found
 
 
-def _on_a_graphs_thread(thread: int, threads: set[int], hops: list[tuple[str, str, str, int, float, float]]) -> bool:
+def _on_a_graphs_thread(thread: int, hops: list[tuple[str, str, str, int, float, float]]) -> bool:
     """Threads that only run a refresh's hops wait for nothing else."""
     transfers = {transfer for _, transfer, _, other, _, _ in hops if other == thread}
     return not transfers or not transfers <= {"refresh", "barrier"}

@@ -104,13 +104,14 @@ def machine_rates(topology: Topology, mbit: tuple[float, float] | None) -> dict[
     """What is known of the machine, for zcompile's schedule: the shaped links' B/s as each rank has its share of them, and this computer's
     FLOP/s and B/s, measured here and divided by the ranks that share its cores."""
     share = min(1.0, (os.cpu_count() or 1) / topology.world_size)
-    found = {"flops": share * _flops(), "memory": share * _memory()}
+    memory = share * _memory()
+    found = {"flops": share * _flops(), "memory": memory}
     if mbit is not None:
         per_pair, per_node = topology.sizes[0], topology.sizes[0] * topology.sizes[1]
         for name, limit, ranks in (("node", mbit[0], per_pair), ("cluster", mbit[1], per_node)):
             if limit:
                 found[name] = limit * 1e6 / 8 / ranks
-        found["pair"] = share * _memory() / 4  # a copy into the socket and one out of it, on both sides
+        found["pair"] = memory / 4  # a copy into the socket and one out of it, on both sides
     return found
 
 

@@ -9,7 +9,6 @@ that leaves work to the next is charged for it. Memory is the peak over the meas
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import itertools
 import json
 import os
@@ -67,15 +66,9 @@ def machine(sizes: str, rates: Mapping[str, float]) -> Topology:
 def build(name: str, seed: int = 0) -> tuple[nn.Module, Data]:
     """The model and its data; the same on every rank. ValueError names the valid models."""
     if ".py:" in name:
-        path, _, function = name.rpartition(":")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        if spec is None or spec.loader is None or not Path(path).is_file():
-            raise ValueError(f"model {name!r}: there is no file {path}")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        make = systems.load("model", name)
         torch.manual_seed(seed)
-        made: tuple[nn.Module, Data] = getattr(module, function)()
+        made: tuple[nn.Module, Data] = make()
         return made
     if name not in SHAPES:
         raise ValueError(f"model {name!r}: valid: {', '.join(SHAPES)}, or file.py:function")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -222,7 +223,8 @@ def parse(name: str) -> System:
     if text.startswith("zc:"):
         return _parse_ours(text)
     if ".py:" in text:
-        return _load(text)
+        own: System = load("system", text)
+        return own
     valid = ", ".join((*PEERS, *OURS))
     raise ValueError(f"system {name!r}: valid: {valid}; zc:PRESET,option=value,...; label=file.py:function")
 
@@ -260,19 +262,21 @@ def _value(text: str) -> Any:
     return text
 
 
-def _load(text: str) -> System:
+def load(what: str, text: str) -> Any:
+    """The function of `file.py:function` or `label=file.py:function`. ValueError says what (a system, a model) cannot be had, and why."""
     path, _, function = text.split("=", 1)[-1].rpartition(":")
     if not Path(path).is_file():
-        raise ValueError(f"system {text!r}: there is no file {path}")
+        raise ValueError(f"{what} {text!r}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses in it look their module up
     spec.loader.exec_module(module)
     found = getattr(module, function, None)
     if not callable(found):
         names = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(f"system {text!r}: {path} has no function {function!r}; it has: {', '.join(names)}")
-    return found  # type: ignore[no-any-return]
+        raise ValueError(f"{what} {text!r}: {path} has no function {function!r}; it has: {', '.join(names)}")
+    return found
 
 
 def label(name: str) -> str:
