@@ -317,10 +317,13 @@ class _Call:
     def open(self) -> None:
         """Give every slot its leaf and main grad for this forward."""
         engine = self.engine
-        training = [slot for slot in engine.slots if slot.master.requires_grad] if self.phase != NONE else []
+        training: list[Slot] = []
         for slot in engine.slots:
-            slot.leaf = slot.token = _padded(slot)
             slot.main = None
+            if self.phase != NONE and slot.master.requires_grad:
+                training.append(slot)
+            else:
+                slot.leaf = slot.token = slot.padded.detach()
         if not training:
             return
         if self.phase in (ACCUMULATE, SYNC):
@@ -412,7 +415,7 @@ class Unwrap(torch.autograd.Function):
         ctx.call, ctx.training = call, training
         if call.phase == ACCUMULATE:
             return tuple(slot.unit.master.new_empty(0) for slot in training)
-        return tuple(_padded(slot) for slot in training)
+        return tuple(slot.padded.detach() for slot in training)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -423,8 +426,3 @@ class Unwrap(torch.autograd.Function):
             for slot, grad in zip(training, call.finish(training, grads), strict=True)
         ]
         return (None, None, *out)
-
-
-def _padded(slot: Slot) -> Tensor:
-    """This rank's padded shard of the master: a view of the unit's buffer."""
-    return slot.unit.master.narrow(0, slot.spec.offset, slot.spec.layout.shard).detach()

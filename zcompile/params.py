@@ -44,6 +44,8 @@ class Slot:
     text: str
     shard: Tensor = field(init=False)
     """The master's own local tensor, for its version counter."""
+    padded: Tensor = field(init=False)
+    """This rank's padded shard of the master [shard]: a view of the unit's buffer."""
     leaf: Tensor | None = None
     token: Tensor | None = None
     """What an accumulating forward reads through: see Note [Tokens] in zcompile.ops."""
@@ -61,7 +63,8 @@ class Slot:
         layout = self.spec.layout
         _, rows = layout.local_rows(coordinates)
         shape = (rows, *layout.shape[1:]) if layout.shape else ()
-        return padded.narrow(0, 0, rows * layout.row).view(shape)
+        length = rows * layout.row
+        return (padded if length == layout.shard else padded.narrow(0, 0, length)).view(shape)
 
 
 @dataclass(eq=False)
@@ -272,6 +275,7 @@ def _slot(
         )
         slot.master = nn.Parameter(master, requires_grad=plain.requires_grad)
         slot.shard = master_shard(slot.master)
+        slot.padded = padded
     _keep_marks(plain, slot.master)
     plain.data = plain.new_empty(0)
     return slot
