@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from zcompile import transfers
-from zcompile.ops import ACCUMULATE, compensated, finish, needs_wait
+from zcompile.ops import ACCUMULATE, compensated, finish, needs_wait, watch
 from zcompile.params import Slot
 
 
@@ -42,6 +42,8 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         reads = ctx.reads
+        if reads.slot.flag is not None:
+            watch(reads.slot.flag, grad)
         reads.open -= 1
         reads.total = grad if reads.total is None else reads.total + grad
         return (_settle(ctx.call, reads) if reads.open == 0 else None), None, None, None

@@ -44,6 +44,8 @@ class _Reading:
 
 
 READING = _Reading()
+LOSSES = 64
+"""Of so many forwards of one step the loss is kept, to say whose was not finite."""
 _ENGINES: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
 _count = 0
 
@@ -51,6 +53,11 @@ _count = 0
 def current_engine() -> Engine | None:
     """The engine whose forward is running in this process, if any."""
     return _ENGINES.get(READING.engine)
+
+
+def engine_of(slot: Slot) -> Engine:
+    """The engine that a slot belongs to."""
+    return _ENGINES[slot.engine]
 
 
 class Window:
@@ -99,6 +106,8 @@ class Engine:
             if slot.master.requires_grad:
                 widths = slot.spec.feedback_widths().items()
                 slot.errors = {t: torch.zeros(n, dtype=MASTER, device=self.device) for t, n in widths}
+                if options.checks:
+                    slot.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
         watch(self.slots)
         self.synchronising = True
         self.window = Window()
@@ -109,6 +118,10 @@ class Engine:
         self.call: _Call | None = None
         self.programs: list[Any] = []
         self._checksums: dict[Unit, Tensor] = {}
+        self.losses: list[Tensor] = []
+        """What training forwards returned since the last step, where it was one number."""
+        self.skipped = 0
+        """Steps that were skipped because a gradient was not finite: zcompile.gradients."""
 
     # -- forward ---------------------------------------------------------------------------------------------------------------
 
@@ -339,6 +352,8 @@ class _Call:
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
                 leaf.register_hook(lambda _: self.start())
+                if leaf.numel() == 1 and len(self.engine.losses) < LOSSES and not leaf.is_meta:
+                    self.engine.losses.append(leaf.detach().reshape(1).to(MASTER))
 
     def start(self) -> None:
         """A backward re-gathers weights: refuse if they are no longer those of its forward."""

@@ -35,8 +35,8 @@ def _weight(name: str) -> property:
             return self._parameters[name]
         if torch.compiler.is_compiling():
             leaf = slot.token if READING.phase == ACCUMULATE else slot.leaf
-            errors = list(slot.errors.values()) if READING.phase != NONE else []
-            return torch.ops.zcompile.gather(leaf, slot.unit.copy, slot.main, errors, slot.text, READING.phase)
+            states = slot.states if READING.phase != NONE else []
+            return torch.ops.zcompile.gather(leaf, slot.unit.copy, slot.main, states, slot.text, READING.phase)
         return read(slot)
 
     return property(never_compile_alone(get))

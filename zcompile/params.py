@@ -52,11 +52,18 @@ class Slot:
     main: Tensor | None = None
     errors: dict[str, Tensor] = field(default_factory=dict)
     """State of the error feedback by transfer ("reduce", "sync"): zcompile.feedback."""
+    flag: Tensor | None = None
+    """With the option checks: [1] int32, not zero once this rank's own gradient was not finite."""
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def states(self) -> list[Tensor]:
+        """What a backward writes beside gradients, as `zcompile::gather` takes it."""
+        return [*self.errors.values(), *(() if self.flag is None else (self.flag,))]
 
     def local(self, padded: Tensor, coordinates: tuple[int, ...]) -> Tensor:
         """The rows that this rank owns of a padded shard [shard]: a view."""

@@ -151,4 +151,5 @@ def report(engine: Engine) -> dict[str, Any]:
         "memory": engine.memory(),
         "schedule": {program.name: program.expected for program in engine.programs if program.expected},
         "plan": engine.plan.plan.name,
+        "skipped_steps": engine.skipped,
     }
