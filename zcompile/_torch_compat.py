@@ -193,6 +193,11 @@ def many_graphs() -> contextlib.AbstractContextManager[None]:
     return patch
 
 
+def in_backward() -> bool:
+    """Whether this thread is inside autograd's engine (2.13: torch._C._current_graph_task_id, which torch.utils.checkpoint asks)."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def keep_out_of_graphs(function: Any) -> Any:
     """Dynamo neither compiles `function`'s frame nor inlines it; what it calls is compiled as usual (2.13: _dynamo.decorators.skip)."""
     return skip(function)

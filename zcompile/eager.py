@@ -42,6 +42,11 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         reads = ctx.reads
+        if reads is None:
+            raise RuntimeError(
+                "zcompile: activation checkpointing with use_reentrant=True runs a backward of its own inside the backward, whose "
+                "gradients would miss their reduction. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
         if reads.slot.flag is not None:
             watch(reads.slot.flag, grad)
         reads.open -= 1
@@ -87,6 +92,15 @@ def flush(call: Any, slot: Slot) -> Tensor | None:
     """Settle reads of `slot` in this call that have a sum but wait for gradients that will not come."""
     reads = call.reads.get(slot)
     return _settle(call, reads) if reads is not None and reads.total is not None else None
+
+
+@torch.compiler.disable  # see Note [Frames that Dynamo gives up]
+def read_again(slot: Slot, call: Any) -> Tensor:
+    """`module.weight` where activation checkpointing recomputes a forward for what its backward needs; no gradient passes through it, as
+    the first read's receives it."""
+    if not slot.master.requires_grad:
+        return whole(slot, call).detach()
+    return Gather.apply(call.edge, slot, call, None)
 
 
 @torch.compiler.disable  # see Note [Frames that Dynamo gives up]

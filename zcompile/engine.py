@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from zcompile import peers, transfers
-from zcompile._torch_compat import all_gather, many_graphs, wrap_local
+from zcompile._torch_compat import all_gather, in_backward, many_graphs, wrap_local
 from zcompile.agreement import pack_flags, set_anywhere
 from zcompile.eager import flush, keep_wholes_out
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC, compensated
@@ -53,6 +53,11 @@ _count = 0
 def current_engine() -> Engine | None:
     """The engine whose forward is running in this process, if any."""
     return _ENGINES.get(READING.engine)
+
+
+def recomputing(slot: Slot) -> _Call | None:
+    """The call whose backward this thread is in, if the user's code runs there again: autograd itself works without gradients."""
+    return engine_of(slot).backward if torch.is_grad_enabled() and in_backward() else None
 
 
 def engine_of(slot: Slot) -> Engine:
@@ -116,6 +121,8 @@ class Engine:
         self.compiled: Callable[..., Any] | None = None
         """The model's own compiled forward; None if it is compiled from outside or not at all."""
         self.call: _Call | None = None
+        self.backward: _Call | None = None
+        """The call whose backward is running."""
         self.programs: list[Any] = []
         self._checksums: dict[Unit, Tensor] = {}
         self.losses: list[Tensor] = []
@@ -326,6 +333,9 @@ class _Call:
         self.wholes: dict[int, Any] = {}
         """Storages of whole weights that eager reads made."""
         self.started = False
+        self.edge = torch.empty(0, requires_grad=True)
+        """Of reads that are done again: they need one that gradients could take, as the first ones had. Made here, as selective
+        checkpointing counts the operations of what it recomputes."""
 
     def open(self) -> None:
         """Give every slot its leaf and main grad for this forward."""
@@ -360,6 +370,7 @@ class _Call:
         if self.started:
             return
         self.started = True
+        self.engine.backward = self
         self.engine.traffic.start(evaluation=False)
         for unit, then, now in zip(self.engine.units, self.versions, self.engine.versions(), strict=True):
             if then != now:
@@ -372,6 +383,7 @@ class _Call:
         """All gradients of this backward are in: sync what earlier micro-batches left behind, close the window."""
         self.start()
         self.started = False  # a second backward over a retained graph is checked again
+        self.engine.backward = None
         out = self._flush_reads(training, list(grads))
         if self.phase == ACCUMULATE:
             self.window.touched.update(slot for slot, grad in zip(training, out, strict=True) if grad is not None)
