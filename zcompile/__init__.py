@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from zcompile.api import (
     clip_grad_norm_,
+    coverage,
     feedback_state,
     full_state_dict,
     hierarchical_zero,
@@ -22,6 +23,7 @@ __all__ = [
     "Topology",
     "WireFormat",
     "clip_grad_norm_",
+    "coverage",
     "feedback_state",
     "full_state_dict",
     "hierarchical_zero",

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import feedback, gradients, optimizers, traffic
+from zcompile import covered, feedback, gradients, optimizers, traffic
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.engine import Engine
 from zcompile.front import Root, install, whole_call
@@ -251,6 +251,17 @@ def ledger(model: nn.Module) -> dict[str, Any]:
     something is wrong.
     """
     return traffic.report(_engine(model, "ledger"))
+
+
+def coverage(model: nn.Module) -> dict[str, Any]:
+    """How much of the last forward went through compiled graphs.
+
+    Returns:
+        graphs: names of all that were compiled; breaks: {"reason", "where"} of Dynamo's graph breaks; share: of the parameters that the
+        forward read, those that compiled graphs alone gathered; compiled: their names; eager: name -> file:line that read it outside of
+        any graph; unread: names of the others.
+    """
+    return covered.report(_engine(model, "coverage"))
 
 
 def clip_grad_norm_(

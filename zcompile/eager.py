@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from zcompile import transfers
+from zcompile.covered import line_of_user
 from zcompile.ops import ACCUMULATE, compensated, finish, needs_wait, watch
 from zcompile.params import Slot
 
@@ -76,6 +77,8 @@ def read(slot: Slot) -> Tensor:
     engine = current_engine()
     assert engine is not None and engine.call is not None
     call = engine.call
+    if slot.name not in engine.reads.eager:
+        engine.reads.eager[slot.name] = line_of_user()
     leaf = slot.token if call.phase == ACCUMULATE else slot.leaf
     assert leaf is not None
     if not (leaf.requires_grad and torch.is_grad_enabled()):

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import peers, transfers
+from zcompile import covered, peers, transfers
 from zcompile._torch_compat import all_gather, in_backward, many_graphs, wrap_local
 from zcompile.agreement import pack_flags, set_anywhere
+from zcompile.covered import Reads
 from zcompile.eager import flush, keep_wholes_out
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC, compensated
 from zcompile.params import MASTER, Slot, Unit, build
@@ -127,6 +128,10 @@ class Engine:
         self._checksums: dict[Unit, Tensor] = {}
         self.losses: list[Tensor] = []
         """What training forwards returned since the last step, where it was one number."""
+        self.reads = Reads()
+        """Of the last forward, and of the one that is running."""
+        self.breaks: list[dict[str, str]] = []
+        """Of Dynamo's graphs: "reason" and "where"."""
         self.skipped = 0
         """Steps that were skipped because a gradient was not finite: zcompile.gradients."""
 
@@ -157,6 +162,7 @@ class Engine:
         self.refresher.launch(old, full)
         self.traffic.refreshed(old, full)
         self._check_fresh()
+        self.reads = Reads()
         call = _Call(self, phase)
         call.open()
         before = _Before(READING.engine, READING.phase, self.call, contextlib.ExitStack())
@@ -170,6 +176,8 @@ class Engine:
         call = self.call
         assert call is not None
         self.abandon(before)
+        if self.options.strict:
+            covered.check(self)
         if call.phase != NONE:
             call.watch(output)
         return output

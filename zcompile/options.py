@@ -29,6 +29,7 @@ class Options:
             before it is reduced, to say on which rank one that is not finite arose.
         nonfinite: what an optimizer's step does when a gradient is not finite on any rank: "skip" it on all ranks, count and say it;
             "raise" FloatingPointError on all ranks; "ignore" it, without the exchange that the others cost.
+        strict: raise after a forward in which a parameter was read outside of compiled graphs: see zcompile.coverage.
         fullgraph, dynamic: as in torch.compile, for a model that compiles itself.
     """
 
@@ -41,11 +42,12 @@ class Options:
     sync_init: bool = False
     checks: bool = False
     nonfinite: str = "skip"
+    strict: bool = False
     fullgraph: bool = False
     dynamic: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("codegen", "sync_init", "checks", "fullgraph"):
+        for name in ("codegen", "sync_init", "checks", "strict", "fullgraph"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"option {name}={getattr(self, name)!r}: must be True or False")
         if self.nonfinite not in NONFINITE:
