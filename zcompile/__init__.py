@@ -11,6 +11,7 @@ from zcompile.api import (
     ledger,
     load_feedback_state,
     mark_written,
+    precision,
 )
 from zcompile.plan import Plan, Rule
 from zcompile.topology import Level, Topology
@@ -30,4 +31,5 @@ __all__ = [
     "ledger",
     "load_feedback_state",
     "mark_written",
+    "precision",
 ]

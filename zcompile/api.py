@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import covered, feedback, gradients, optimizers, traffic
+from zcompile import covered, feedback, formats, gradients, optimizers, traffic
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.engine import Engine
 from zcompile.front import Root, install, whole_call
@@ -251,6 +251,15 @@ def ledger(model: nn.Module) -> dict[str, Any]:
     something is wrong.
     """
     return traffic.report(_engine(model, "ledger"))
+
+
+def precision(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, dict[str, int]]:
+    """What is kept, computed and sent in which format: {what: {format: elements of the plain parameters}}.
+
+    Rows: masters, compute copies, whole weights, each transfer over each level, main gradients, the gradients that are there, and, with an
+    optimizer, its state. Kept tensors are looked at; what only travels is told by the plan.
+    """
+    return formats.report(_engine(model, "precision"), optimizer)
 
 
 def coverage(model: nn.Module) -> dict[str, Any]:
