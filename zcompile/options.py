@@ -18,8 +18,8 @@ class Options:
     Attributes:
         codegen: generate code with Inductor. False runs the same backend and passes and executes the lowered graph node by node.
         dump: folder for the program before and after each pass (also the environment variable ZCOMPILE_DUMP); "" is none.
-        overlap: buckets whose transfers are under way while the graph computes, in either direction: 0 waits for each hop where it is
-            launched, 1 and 2 hide more and keep so many more buckets in memory. Compiled graphs only.
+        overlap: buckets whose transfers are under way while the graph computes, in either direction, however deep the model: 0 waits for
+            each hop where it is launched; more hide more and keep so many more buckets in memory. Compiled graphs only.
         memory: bytes that transfers under way may hold, gathers and reductions each, beside the bucket that is needed next; 0: no bound but
             that of `overlap`.
         timeout: seconds a rank waits for another at set-up and at an agreement before it raises.
