@@ -7,14 +7,18 @@ from zcompile.api import (
     full_state_dict,
     hierarchical_zero,
     ledger,
+    load,
     load_feedback_state,
     mark_written,
+    save,
 )
 from zcompile.plan import Plan, Rule
+from zcompile.storage import CheckpointError, latest_checkpoint
 from zcompile.topology import Level, Topology
 from zcompile.wire import WireFormat
 
 __all__ = [
+    "CheckpointError",
     "Level",
     "Plan",
     "Rule",
@@ -23,7 +27,10 @@ __all__ = [
     "feedback_state",
     "full_state_dict",
     "hierarchical_zero",
+    "latest_checkpoint",
     "ledger",
+    "load",
     "load_feedback_state",
     "mark_written",
+    "save",
 ]

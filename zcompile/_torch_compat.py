@@ -37,6 +37,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import (
     allow_inflight_collective_as_graph_input_ctx,
 )  # read from torch 2.13
+from torch.distributed.checkpoint._traverse import set_element  # read from torch 2.13
 from torch.distributed.tensor import DTensor
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "number_of_groups",
     "register_group",
     "resolve_group",
+    "set_element",
     "set_group_timeout",
     "unregister_group",
     "unwaited_work",

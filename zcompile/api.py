@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import feedback, optimizers, traffic
+from zcompile import checkpoint, feedback, optimizers, traffic
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.engine import Engine
 from zcompile.front import Root, install, whole_call
@@ -21,6 +21,7 @@ from zcompile.options import Options
 from zcompile.params import named_owners
 from zcompile.plan import Plan, ResolvedPlan
 from zcompile.runtime import Runtime
+from zcompile.storage import folder_of
 from zcompile.topology import Topology
 
 M = TypeVar("M", bound=nn.Module)
@@ -213,8 +214,13 @@ def _bits(tensor: Tensor) -> Tensor:
     return plain.view(torch.int32 if plain.dtype == torch.float32 else torch.int16).to(torch.int64)
 
 
+def _inner(model: Any) -> Any:
+    """The model itself, without what torch.compile put around it."""
+    return getattr(model, "_orig_mod", model)
+
+
 def _engine(model: Any, caller: str) -> Engine:
-    inner = getattr(model, "_orig_mod", model)
+    inner = _inner(model)
     if not isinstance(inner, Root):
         raise TypeError(f"zcompile.{caller}: {type(model).__name__} was not wrapped by hierarchical_zero")
     return inner.zero
@@ -226,7 +232,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     slots = {name: slot for slot in engine.slots for name in slot.names}
     wholes: dict[str, Tensor] = {}
     out: dict[str, Any] = {}
-    for name, value in getattr(model, "_orig_mod", model).state_dict().items():
+    for name, value in _inner(model).state_dict().items():
         if isinstance(value, DTensor) and name in slots:
             slot = slots[name]
             if slot.name not in wholes:
@@ -257,17 +263,75 @@ def feedback_state(model: nn.Module) -> dict[str, dict[str, DTensor]]:
 
     {topology key: {"parameter.reduce" or "parameter.sync": DTensor [ranks, elements] fp32}}; the tensors are the state itself.
     """
-    return feedback.feedback_state(model, _engine(model, "feedback_state"))
+    return feedback.feedback_state(_engine(model, "feedback_state"))
 
 
-def load_feedback_state(model: nn.Module, checkpoint: str | os.PathLike[str], prefix: str = "feedback") -> bool:
+def load_feedback_state(model: nn.Module, folder: str | os.PathLike[str], prefix: str = "feedback") -> bool:
     """Bring back what `feedback_state` saved under `prefix` in a checkpoint folder; every rank calls it.
 
     Returns:
         False if the checkpoint holds none for this topology and plan (it was saved on another world, say): the state then begins at
         zero, and rank 0 says so.
     """
-    return feedback.load(model, _engine(model, "load_feedback_state"), checkpoint, prefix)
+    engine = _engine(model, "load_feedback_state")
+    lost = feedback.load(engine, folder_of(folder), prefix)
+    if lost and engine.runtime.rank == 0:
+        print(f"zcompile: {lost}", file=sys.stderr, flush=True)
+    return bool(feedback.feedback_state(engine)) and not lost
+
+
+def save(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+    folder: str | os.PathLike[str],
+    extra: Mapping[str, Any] | None = None,
+    *,
+    own: Mapping[str, Any] | None = None,
+    asynchronous: bool = False,
+) -> checkpoint.Saving | None:
+    """Save a run into a new `folder`, in the format of torch.distributed.checkpoint; every rank calls it, at any point between two calls
+    of the model.
+
+    The folder appears when all of it has been written, and never replaces another. Beside weights and optimizers it holds what an exact
+    resume needs: gradients and micro-batches that wait for a step, error feedback, the images of a delta refresh, and every rank's random
+    states (torch, Python, NumPy).
+
+    Args:
+        optimizer: one, several, or None.
+        extra: yours, the same on every rank (step, position in the data, a scheduler's state): numbers, text, containers, tensors.
+        own: yours, of this rank alone (a data loader's state); it comes back on as many ranks.
+        asynchronous: copy now, write in the background; `wait()` of what is returned raises what went wrong. One at a time: the next save
+            or load waits for it. Wait before the process group is destroyed.
+
+    Raises:
+        CheckpointError: on every rank alike, with the rank and the file: the disk is full, the folder exists. What was written is removed.
+    """
+    return checkpoint.save(_inner(model), _engine(model, "save"), optimizer, folder, extra, own, asynchronous)
+
+
+def load(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+    folder: str | os.PathLike[str],
+    *,
+    drop_window: bool = False,
+) -> checkpoint.Loaded:
+    """Bring back what `save` saved, on any world, topology and plan; every rank calls it.
+
+    Weights and moments are those that were saved, to the bit, on any number of ranks. What belongs to ranks (random states, error
+    feedback, the images of a delta refresh) comes back where they are the same; where not, `notices` of the result say what begins anew.
+    A folder that torch.distributed.checkpoint or FSDP2 wrote as {"model": ..., "optimizer": ...} loads too. No pickle of more than numbers,
+    text, containers and tensors is loaded.
+
+    Args:
+        optimizer: made as the saved one was; None takes the weights alone.
+        drop_window: lose the micro-batches of a checkpoint that was saved between two of them, rather than refuse it on another plan.
+
+    Raises:
+        CheckpointError: on every rank alike, naming what is missing, short, damaged, strange or of another shape. If it is raised while
+            shards are read, the model holds a mixture: load again, or end.
+    """
+    return checkpoint.load(_inner(model), _engine(model, "load"), optimizer, folder, drop_window)
 
 
 def mark_written(model: nn.Module) -> None:

@@ -108,6 +108,8 @@ class Engine:
         """The model's own compiled forward; None if it is compiled from outside or not at all."""
         self.call: _Call | None = None
         self.programs: list[Any] = []
+        self.saving: Any = None
+        """A checkpoint that is being written in the background: zcompile.checkpoint."""
         self._checksums: dict[Unit, Tensor] = {}
 
     # -- forward ---------------------------------------------------------------------------------------------------------------
