@@ -72,6 +72,9 @@ class Saving:
             if self._engine.runtime.rank == 0:
                 discard(self.folder)
             raise
+        finally:
+            if self.done() and self._engine.saving is self:
+                self._engine.saving = None
         return self.folder
 
 
@@ -136,10 +139,9 @@ def save(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
 
 
 def finish(engine: Engine) -> None:
-    """Wait for a checkpoint that is still being written: there is one at a time."""
-    saving, engine.saving = engine.saving, None
-    if saving is not None:
-        saving.wait()
+    """Wait for a checkpoint that is still being written: there is one at a time. Raises what went wrong with it, if nobody was told."""
+    if engine.saving is not None:
+        engine.saving.wait()
 
 
 def _odd(model: nn.Module, engine: Engine) -> dict[str, Any]:

@@ -24,8 +24,8 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 def listed(optimizer: torch.optim.Optimizer | Optimizers | None) -> list[torch.optim.Optimizer]:
     """One optimizer, several, or none, as a list. TypeError names what is no optimizer."""
-    found = (
-        [] if optimizer is None else [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    found: list[Any] = (
+        list(optimizer) if isinstance(optimizer, (list, tuple)) else [] if optimizer is None else [optimizer]
     )
     for each in found:
         if not isinstance(each, torch.optim.Optimizer):
