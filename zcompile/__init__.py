@@ -12,6 +12,7 @@ from zcompile.api import (
     mark_written,
     save,
 )
+from zcompile.deferred import deferred_init
 from zcompile.plan import Plan, Rule
 from zcompile.storage import CheckpointError, latest_checkpoint
 from zcompile.topology import Level, Topology
@@ -24,6 +25,7 @@ __all__ = [
     "Rule",
     "Topology",
     "WireFormat",
+    "deferred_init",
     "feedback_state",
     "full_state_dict",
     "hierarchical_zero",

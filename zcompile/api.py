@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import checkpoint, feedback, optimizers, traffic
+from zcompile import checkpoint, feedback, optimizers, pretrained, traffic
 from zcompile.backend import hierarchical_zero_backend
+from zcompile.checkpoint import together
+from zcompile.deferred import Start, deferred_init
 from zcompile.engine import Engine
 from zcompile.front import Root, install, whole_call
 from zcompile.launcher import init_from_launcher, topology_of_job
@@ -38,7 +41,9 @@ def hierarchical_zero(module_or_class: None = None, **settings: Any) -> Callable
 
 
 def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str | None = None, plan: Plan | str = "zero_topo",
-                      compute_dtype: torch.dtype | None = None, compile: bool = True, **options: Any) -> Any:  # fmt: skip
+                      compute_dtype: torch.dtype | None = None, compile: bool = True, device: torch.device | str | None = None,
+                      init: Callable[[nn.Module], Any] | None = None, pretrained: str | os.PathLike[str] | None = None,
+                      **options: Any) -> Any:  # fmt: skip
     """Shard a model over the levels of the machine and compile its forward and backward with the transfers in the graph.
 
     As a decorator on an nn.Module class (bare or with arguments) every instance is wrapped when it has been constructed; called with
@@ -49,6 +54,11 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
         topology: a Topology, "frontier", "frontier:48", "2x2x2", ...; None: found from the launcher.
         plan: a Plan or the name of a preset.
         compute_dtype: dtype in which weights are gathered and inputs are cast (torch.float32 or torch.bfloat16); None: the model's own.
+        device: where a model that was built on the meta device gets its memory, shard by shard; None: the GPU if there is one, else the
+            CPU. "meta" leaves it without memory, to be traced on paper.
+        init: called with a model on the meta device to give it its values, in place of what `deferred_init` recorded or of its own
+            `init_weights()` or `reset_parameters()`.
+        pretrained: folder of safetensors files, as transformers saves them; each rank reads the rows that it owns.
         compile: False leaves the forward to eager torch, or to `torch.compile(model, backend="hierarchical_zero")`.
         options: see zcompile.options.Options.
 
@@ -66,7 +76,7 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
         )
 
     def wrap(module: nn.Module) -> nn.Module:
-        return _wrap(module, topology, plan, compute_dtype, compile, parsed)
+        return _wrap(module, topology, plan, compute_dtype, compile, parsed, Beginning(device, init, pretrained))
 
     if module_or_class is None:
         return lambda cls: _decorate(cls, wrap)
@@ -87,19 +97,29 @@ def _decorate(cls: Any, wrap: Callable[[nn.Module], nn.Module]) -> Any:
 
     class Constructing(type(cls)):  # type: ignore[misc]
         def __call__(klass, *args: Any, **kwargs: Any) -> Any:
-            module = super().__call__(*args, **kwargs)
+            meta = torch.get_default_device().type == "meta"
+            with deferred_init() if meta else contextlib.nullcontext():
+                module = super().__call__(*args, **kwargs)
             return module if isinstance(module, Root) else wrap(module)
 
     names = {"__qualname__": cls.__qualname__, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return Constructing(cls.__name__, (cls,), names)
 
 
+class Beginning(NamedTuple):
+    """Where the weights come from, beside the model itself: arguments of hierarchical_zero."""
+
+    device: torch.device | str | None
+    init: Callable[[nn.Module], Any] | None
+    pretrained: str | os.PathLike[str] | None
+
+
 def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute_dtype: torch.dtype | None, compile: bool,
-          options: Options) -> nn.Module:  # fmt: skip
+          options: Options, beginning: Beginning) -> nn.Module:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TypeError(f"hierarchical_zero wraps an nn.Module, not {type(model).__name__}")
     compute = _check_model(model, compute_dtype)
-    device = next(model.parameters()).device
+    device, start = _start(model, beginning)
     init_from_launcher(device)
     world = dist.get_world_size()
     found = topology_of_job(topology, device, world)
@@ -112,11 +132,18 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
     main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")
     resolved = plan.resolve(found, main, _chip(device))
     _agree(runtime, model, resolved, compute, options)
-    if device.type != "meta":
-        _same_start(runtime, model, options)
+    files = None if beginning.pretrained is None else pretrained.Files(model, beginning.pretrained)
+    if start is not None:
+        start.check(set(files.names) if files else set())
+    elif device.type != "meta" and files is None:
+        _same_start(runtime, list(_sums(model, options)))
     _say_what_moved(runtime, resolved)
-    engine = Engine(model, resolved, runtime, compute, compute_dtype, options)
+    engine = Engine(model, resolved, runtime, compute, compute_dtype, options, device)
+    if start is not None:
+        _materialise(engine, start, set(files.names) if files else set())
     install(model, engine)
+    if files is not None:
+        together(engine, lambda: pretrained.load(model, engine, files), f"{files.folder} cannot be loaded")
     optimizers.guard()
     if compile:
         engine.compiled = torch.compile(
@@ -189,17 +216,62 @@ def _agree(runtime: Runtime, model: nn.Module, plan: Any, compute: dict[str, tor
     })  # fmt: skip
 
 
-def _same_start(runtime: Runtime, model: nn.Module, options: Options) -> None:
+def _start(model: nn.Module, beginning: Beginning) -> tuple[torch.device, Start | None]:
+    """The device of the masters; and how a model on the meta device gets its values, unless it stays there."""
+    found = next(model.parameters()).device
+    asked = None if beginning.device is None else torch.device(beginning.device)
+    if found.type != "meta":
+        if asked is not None and asked != found:
+            raise ValueError(
+                f"device={str(asked)!r}: the model is on {found}; move it there before wrapping (device= is for the meta device)"
+            )
+        if beginning.init is not None:
+            raise ValueError("init=: the model has its values already (init= is for a model on the meta device)")
+        lost = next((name for name, buffer in model.named_buffers() if buffer.is_meta), None)
+        if lost is not None:
+            raise ValueError(
+                f"buffer {lost!r} is on the meta device, the parameters are on {found}: build all of the model on one"
+            )
+        return found, None
+    if asked is not None and asked.type == "meta":
+        return asked, None
+    on_gpu = torch.cuda.is_available()
+    device = asked or (torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
+    return device, Start(model, beginning.init)
+
+
+def _materialise(engine: Engine, start: Start, given: set[str]) -> None:
+    """Give the masters their values, one whole parameter at a time; all ranks make the same."""
+    slots = {slot.name: slot for slot in engine.slots}
+    alone = engine.runtime.topology.world_size == 1
+    sums: list[tuple[str, int]] = []
+
+    def give(name: str, whole: Tensor) -> None:
+        if engine.options.sync_init and not alone:
+            dist.broadcast(whole, 0)
+        with torch.no_grad():
+            slots[name].shard.copy_(slots[name].own_rows(whole, engine.coordinates))
+        sums.append((name, _sum(whole)))
+
+    start.run(engine.device, give, given)
+    engine.start_peak = start.recording.peak
+    if not engine.options.sync_init:
+        _same_start(engine.runtime, sums)
+
+
+def _sums(model: nn.Module, options: Options) -> Iterator[tuple[str, int]]:
+    """(name, checksum) of every parameter, after rank 0's was taken if that is asked for."""
+    for parameter, names in named_owners(model).items():
+        if options.sync_init and dist.get_world_size() > 1:
+            dist.broadcast(parameter.data, 0)
+        yield names[0][0], _sum(parameter)
+
+
+def _same_start(runtime: Runtime, sums: Sequence[tuple[str, int]]) -> None:
     """Ranks that start from different weights would train a model that nobody initialised."""
     if runtime.topology.world_size == 1:
         return
-    if options.sync_init:
-        for parameter in model.parameters():
-            dist.broadcast(parameter.data, 0)
-        return
-    sums = [(names[0][0], int(_bits(p).sum())) for p, names in named_owners(model).items()]
-    words = [total % (1 << 62) for _, total in sums]
-    rows = runtime.agreement.exchange(words)
+    rows = runtime.agreement.exchange([total % (1 << 62) for _, total in sums])
     for rank, row in enumerate(rows):
         for (name, _), mine, theirs in zip(sums, rows[0], row, strict=True):
             if mine != theirs:
@@ -209,9 +281,10 @@ def _same_start(runtime: Runtime, model: nn.Module, options: Options) -> None:
                 )
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _sum(tensor: Tensor) -> int:
+    """Of the bits, as whole numbers."""
     plain = tensor.detach().contiguous().reshape(-1)
-    return plain.view(torch.int32 if plain.dtype == torch.float32 else torch.int16).to(torch.int64)
+    return int(plain.view(torch.int32 if plain.dtype == torch.float32 else torch.int16).sum(dtype=torch.int64))
 
 
 def _inner(model: Any) -> Any:
