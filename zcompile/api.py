@@ -76,7 +76,8 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
         )
 
     def wrap(module: nn.Module) -> nn.Module:
-        return _wrap(module, topology, plan, compute_dtype, compile, parsed, Beginning(device, init, pretrained))
+        with torch.device("cpu"):  # a decorated class may be called where the default device is another
+            return _wrap(module, topology, plan, compute_dtype, compile, parsed, Beginning(device, init, pretrained))
 
     if module_or_class is None:
         return lambda cls: _decorate(cls, wrap)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from support.state import Awkward, same_bits, whole_state
+from support.state import Awkward, one_step, same_bits, whole_state
 from torch import Tensor, nn
 
 from zcompile import deferred_init, hierarchical_zero
@@ -140,7 +142,8 @@ def _plain_meta(rank: int) -> None:
             for module in expected.modules():
                 module._is_hf_initialized = False  # type: ignore[assignment]
             expected.initialize_weights()  # type: ignore[operator]
-        same_bits(everything(on_meta(make)), everything(expected))
+        state = everything(expected)
+        same_bits(everything(on_meta(make)), state)
 
     refused = {
         Bare: ("parameter 'weight' of a Bare", "reset_parameters", "deferred_init"),
