@@ -3,12 +3,14 @@
 __version__ = "0.1.0"
 
 from zcompile.api import (
+    export,
     feedback_state,
     full_state_dict,
     hierarchical_zero,
     ledger,
     load,
     load_feedback_state,
+    load_pretrained,
     mark_written,
     save,
 )
@@ -26,6 +28,7 @@ __all__ = [
     "Topology",
     "WireFormat",
     "deferred_init",
+    "export",
     "feedback_state",
     "full_state_dict",
     "hierarchical_zero",
@@ -33,6 +36,7 @@ __all__ = [
     "ledger",
     "load",
     "load_feedback_state",
+    "load_pretrained",
     "mark_written",
     "save",
 ]

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from zcompile import checkpoint, feedback, optimizers, pretrained, traffic
 from zcompile.backend import hierarchical_zero_backend
-from zcompile.checkpoint import together
 from zcompile.deferred import Start, deferred_init
 from zcompile.engine import Engine
 from zcompile.front import Root, install, whole_call
@@ -24,7 +23,7 @@ from zcompile.options import Options
 from zcompile.params import named_owners
 from zcompile.plan import Plan, ResolvedPlan
 from zcompile.runtime import Runtime
-from zcompile.storage import folder_of
+from zcompile.storage import folder_of, together
 from zcompile.topology import Topology
 
 M = TypeVar("M", bound=nn.Module)
@@ -133,7 +132,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
     main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")
     resolved = plan.resolve(found, main, _chip(device))
     _agree(runtime, model, resolved, compute, options)
-    files = None if beginning.pretrained is None else pretrained.Files(model, beginning.pretrained)
+    files = None if beginning.pretrained is None else pretrained.Files(model, folder_of(beginning.pretrained))
     if start is not None:
         start.check(set(files.names) if files else set())
     elif device.type != "meta" and files is None:
@@ -300,23 +299,68 @@ def _engine(model: Any, caller: str) -> Engine:
     return inner.zero
 
 
-def full_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Plain tensors, names and shapes as the plain model's, fp32 as the masters; copies, on every rank. Every rank calls it."""
+def full_state_dict(model: nn.Module, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Any]:
+    """Plain tensors, names and shapes as the plain model's, fp32 as the masters; copies. Every rank calls it.
+
+    Args:
+        rank0_only: {} on the other ranks, which hold one whole parameter at a time.
+        cpu_offload: each parameter goes to the CPU when it is whole, so that the device holds one at a time.
+    """
     engine = _engine(model, "full_state_dict")
     slots = {name: slot for slot in engine.slots for name in slot.names}
     wholes: dict[str, Tensor] = {}
     out: dict[str, Any] = {}
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor.to("cpu") if cpu_offload else tensor
+
+    dropped = rank0_only and engine.runtime.rank != 0
     for name, value in _inner(model).state_dict().items():
-        if isinstance(value, DTensor) and name in slots:
-            slot = slots[name]
-            if slot.name not in wholes:
-                wholes[slot.name] = engine.whole_master(slot)
-            out[name] = wholes[slot.name]
-        elif isinstance(value, Tensor):
-            out[name] = (value.full_tensor() if isinstance(value, DTensor) else value.detach()).clone()
+        slot = slots.get(name) if isinstance(value, DTensor) else None
+        if slot is None:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            out[name] = kept(whole.detach()).clone() if isinstance(whole, Tensor) else whole
+        elif slot.name == name or slot.name not in wholes:
+            whole = engine.whole_master(slot)
+            wholes[slot.name] = out[name] = whole.new_empty(0) if dropped else kept(whole)
         else:
-            out[name] = value
-    return out
+            out[name] = wholes[slot.name]
+    return {} if dropped else out
+
+
+def export(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = 5_000_000_000,
+) -> None:
+    """Write the weights into a new `folder` of safetensors files that transformers' `from_pretrained` loads, with the model's config beside
+    them if it has one. Every rank calls it; rank 0 writes, and holds one file's tensors at a time.
+
+    Args:
+        dtype: of the floating point tensors in the files; None: fp32, as the masters.
+        file_bytes: how large a file may grow, unless one tensor is larger.
+
+    Raises:
+        CheckpointError: on every rank alike: the folder exists, or cannot be written.
+    """
+    if isinstance(file_bytes, bool) or not isinstance(file_bytes, int) or file_bytes < 1:
+        raise ValueError(f"file_bytes={file_bytes!r}: must be a number of bytes")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r}: must be a floating point torch.dtype, or None for fp32")
+    pretrained.export(_inner(model), _engine(model, "export"), folder_of(folder), dtype, file_bytes)
+
+
+def load_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Fill the weights from a folder of safetensors files, as transformers saves them; every rank calls it and reads the rows it owns.
+
+    Raises:
+        CheckpointError: on every rank alike: no safetensors there, a name or a shape that does not fit, a file that cannot be read.
+    """
+    engine = _engine(model, "load_pretrained")
+    files = together(engine, lambda: pretrained.Files(_inner(model), folder), f"{folder} cannot be loaded")
+    together(engine, lambda: pretrained.load(_inner(model), engine, files), f"{folder} cannot be loaded")
 
 
 def ledger(model: nn.Module) -> dict[str, Any]:

@@ -19,10 +19,9 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
@@ -43,11 +42,11 @@ from zcompile.storage import (
     prepare,
     read_index,
     template,
+    together,
 )
 
 VERSION = 1
 Optimizer = torch.optim.Optimizer
-T = TypeVar("T")
 
 
 class Saving:
@@ -298,29 +297,6 @@ def _notices(engine: Engine, index: Metadata, source: Path, has_rank: bool) -> l
 
 
 # -- all ranks alike -----------------------------------------------------------------------------------------------------------------
-
-
-def together(engine: Engine, step: Callable[[], T], what: str) -> T:
-    """What `step` returns; if it raises on any rank, every rank raises: its own error, or a CheckpointError with another's."""
-    error: Exception | None = None
-    out: Any = None
-    try:
-        out = step()
-    except Exception as raised:
-        error = raised
-    said: list[Any] = [None] * engine.runtime.topology.world_size
-    mine = None if error is None else f"{type(error).__name__}: {error}"
-    if engine.runtime.agreement.group is None:
-        said = [mine]
-    else:
-        dist.all_gather_object(said, mine, group=engine.runtime.agreement.group)
-    if error is not None:
-        raise error
-    other = next(((rank, text) for rank, text in enumerate(said) if text is not None), None)
-    if other is not None:
-        raise CheckpointError(f"{what}: rank {other[0]} says {other[1]}")
-    found: T = out
-    return found
 
 
 def _raise_alike(call: Callable[[], Any], folder: Path) -> Any:

@@ -5,10 +5,11 @@ No file is a pickle, and no rank reads more than it owns: a safetensors file say
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from zcompile.engine import Engine
 from zcompile.params import Slot
-from zcompile.storage import CheckpointError
+from zcompile.storage import CheckpointError, naming, partial, prepare, together
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -108,92 +109,105 @@ def load(model: nn.Module, engine: Engine, files: Files) -> None:
     for name, buffer in model.named_buffers():
         if name in files.names:
             wanted.setdefault(files.where[files.names[name]], []).append((files.names[name], buffer))
-    for file, entries in wanted.items():
-        with _opened(file) as found:
-            for name, target in entries:
-                try:
-                    _fill(found, name, target, engine)
-                except CheckpointError as error:
-                    raise CheckpointError(f"{file}: {error}") from None
-                except Exception as error:
-                    raise CheckpointError(f"{file}: {name!r} cannot be read: {error}") from error
+    for step in (_check, _fill):  # nothing is written before all of it is known to fit
+        for file, entries in wanted.items():
+            with _opened(file) as found:
+                for name, target in entries:
+                    try:
+                        step(found, name, target, engine)
+                    except CheckpointError as error:
+                        raise CheckpointError(f"{file}: {error}") from None
+                    except Exception as error:
+                        raise CheckpointError(f"{file}: {name!r} cannot be read: {error}") from error
     engine.mark_written()
+
+
+def _check(found: Any, name: str, target: Slot | Tensor, engine: Engine) -> None:
+    shape = tuple(found.get_slice(name).get_shape())
+    expected = tuple(target.spec.shape if isinstance(target, Slot) else target.shape)
+    if shape != expected:
+        raise CheckpointError(f"{name!r} has shape {shape}, this model's has {expected}")
 
 
 @torch.no_grad()
 def _fill(found: Any, name: str, target: Slot | Tensor, engine: Engine) -> None:
-    part = found.get_slice(name)
-    shape = tuple(part.get_shape())
-    expected = tuple(target.spec.shape if isinstance(target, Slot) else target.shape)
-    if shape != expected:
-        raise CheckpointError(f"{name!r} has shape {shape}, this model's has {expected}")
     if not isinstance(target, Slot):
         target.copy_(found.get_tensor(name))
         return
-    start, rows = target.spec.layout.local_rows(engine.coordinates)
-    if rows and target.spec.layout.numel:
-        target.shard.copy_(part[start : start + rows] if shape else found.get_tensor(name))
+    layout = target.spec.layout
+    start, rows = layout.local_rows(engine.coordinates)
+    if rows and layout.numel:
+        target.shard.copy_(found.get_slice(name)[start : start + rows] if layout.shape else found.get_tensor(name))
 
 
 # -- back ----------------------------------------------------------------------------------------------------------------------------
 
 
 def export(model: Any, engine: Engine, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
-    """See zcompile.export."""
-    names = [name for name, value in model.state_dict().items() if isinstance(value, Tensor)]
+    """See zcompile.export. Rank 0 writes, the others take part in the gathers; no more than one file's tensors are whole at once."""
     slots = {name: slot for slot in engine.slots for name in slot.names}
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-    plan: list[list[str]] = [[]]
-    sizes = [0]
-    for name in names:
-        if name in left_out or (name in slots and slots[name].name != name):
-            continue  # transformers ties weights again when it loads
-        shape = slots[name].spec.shape if name in slots else tuple(model.state_dict()[name].shape)
-        size = torch.Size(shape).numel() * (dtype or torch.float32).itemsize
-        if sizes[-1] and sizes[-1] + size > shard_bytes:
-            plan.append([])
-            sizes.append(0)
-        plan[-1].append(name)
-        sizes[-1] += size
+    # Of tied weights the first name: transformers ties them again when it loads.
+    names = [name for name in state if name not in left_out and (name not in slots or slots[name].name == name)]
+    plan = _files(
+        names, {name: state[name].numel() * _saved_as(state[name], dtype).itemsize for name in names}, shard_bytes
+    )
+    new = partial(folder)
+    together(engine, lambda: prepare(folder) if engine.runtime.rank == 0 else None, f"{folder} cannot be written")
     where: dict[str, str] = {}
-    partial = folder.with_name(folder.name + ".partial")
     for number, part in enumerate(plan, 1):
         file = WEIGHTS if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
-        tensors = dict(_wholes(model, engine, part, slots, dtype))
-        if tensors:
-            partial.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(tensors, file)
-    if engine.runtime.rank == 0:
-        if len(plan) > 1:
-            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
-            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        _write_config(model, partial)
-        os.rename(partial, folder)
+        tensors: dict[str, Tensor] = {}
+        for name in part:
+            whole = engine.whole_master(slots[name]) if name in slots else state[name].detach()
+            if engine.runtime.rank == 0:
+                tensors[name] = whole.to("cpu", _saved_as(whole, dtype), copy=True).contiguous()
+        where |= dict.fromkeys(part, file)
+        together(engine, lambda: _write(tensors, new / file), f"{folder} cannot be written")  # noqa: B023 (called at once)
 
-
-def _wholes(
-    model: Any, engine: Engine, names: list[str], slots: Mapping[str, Slot], dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU) on rank 0; the others take part and yield nothing."""
-    state = model.state_dict()
-    for name in names:
-        whole = engine.whole_master(slots[name]) if name in slots else state[name].detach()
+    def finish() -> None:
         if engine.runtime.rank == 0:
-            yield (
-                name,
-                (whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole)
-                .cpu()
-                .contiguous()
-                .clone(),
-            )
+            if len(plan) > 1:
+                total = sum(state[name].numel() * _saved_as(state[name], dtype).itemsize for name in names)
+                (new / INDEX).write_text(
+                    json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n"
+                )
+            _write_config(model, new, dtype)
+            os.rename(new, folder)
+
+    together(engine, finish, f"{folder} cannot be written")
 
 
-def _write_config(model: Any, folder: Path) -> None:
+def _files(names: list[str], sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names by file, in order, at most `limit` bytes each unless one tensor alone is more."""
+    plan: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        if plan[-1] and filled + sizes[name] > limit:
+            plan.append([])
+            filled = 0
+        plan[-1].append(name)
+        filled += sizes[name]
+    return plan
+
+
+def _saved_as(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    if tensors:
+        with naming(file):
+            save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _write_config(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
     """What transformers wants beside the weights."""
-    config: Any = getattr(model, "config", None)
+    config: Any = copy.copy(getattr(model, "config", None))
     if callable(getattr(config, "save_pretrained", None)):
         config.architectures = [type(model).__name__]
+        config.dtype = dtype or torch.float32
         config.save_pretrained(folder)
     generation: Any = getattr(model, "generation_config", None)
     if callable(getattr(generation, "save_pretrained", None)):

@@ -19,16 +19,20 @@ import io
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from zcompile._torch_compat import set_element
+from zcompile.engine import Engine
+
+T = TypeVar("T")
 
 INDEX = ".metadata"
 PARTIAL = ".partial"
@@ -228,11 +232,11 @@ class Writer(dcp.FileSystemWriter):
         self.aliases = aliases
 
     def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
-        with _naming(Path(self.path)):
+        with naming(Path(self.path)):
             return super().prepare_local_plan(plan)
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future[list[Any]]:
-        with _naming(Path(self.path) / f"{plan.storage_data.prefix}0.distcp"):
+        with naming(Path(self.path) / f"{plan.storage_data.prefix}0.distcp"):
             return super().write_data(plan, planner)
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
@@ -253,7 +257,7 @@ class Writer(dcp.FileSystemWriter):
                 metadata.planner_data[name] = path
                 index = MetadataIndex(name, result.index.offset, result.index.index)
                 extra.append(dataclasses.replace(result, index=index))
-        with _naming(Path(self.path) / INDEX):
+        with naming(Path(self.path) / INDEX):
             super().finish(metadata, [*results, extra])
             _sync_folder(Path(self.path))
             os.rename(self.path, self.folder)
@@ -267,7 +271,7 @@ def prepare(folder: Path) -> None:
     """On one rank, before the others write: the folder is new, and nothing is left of a run that was ended while it wrote it."""
     if folder.exists():
         raise CheckpointError(f"{folder} exists: a checkpoint is never overwritten; save to a new folder")
-    with _naming(partial(folder)):
+    with naming(partial(folder)):
         if partial(folder).exists():
             shutil.rmtree(partial(folder))
         partial(folder).mkdir(parents=True)
@@ -288,7 +292,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Errors of the file system say which file."""
     try:
         yield
@@ -305,3 +309,29 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """
     found = [path.parent for path in folder_of(folder).glob(f"*/{INDEX}") if not path.parent.name.endswith(PARTIAL)]
     return max(found, key=lambda path: ((path / INDEX).stat().st_mtime_ns, path.name), default=None)
+
+
+# -- all ranks alike -----------------------------------------------------------------------------------------------------------------
+
+
+def together(engine: Engine, step: Callable[[], T], what: str) -> T:
+    """What `step` returns; if it raises on any rank, every rank raises: its own error, or a CheckpointError with another's."""
+    error: Exception | None = None
+    out: Any = None
+    try:
+        out = step()
+    except Exception as raised:
+        error = raised
+    said: list[Any] = [None] * engine.runtime.topology.world_size
+    mine = None if error is None else f"{type(error).__name__}: {error}"
+    if engine.runtime.agreement.group is None:
+        said = [mine]
+    else:
+        dist.all_gather_object(said, mine, group=engine.runtime.agreement.group)
+    if error is not None:
+        raise error
+    other = next(((rank, text) for rank, text in enumerate(said) if text is not None), None)
+    if other is not None:
+        raise CheckpointError(f"{what}: rank {other[0]} says {other[1]}")
+    found: T = out
+    return found
