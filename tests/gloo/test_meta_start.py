@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import resource
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.spawn import run
 from support.state import Awkward, one_step, same_bits, whole_state
 from torch import Tensor, nn
 
@@ -35,7 +38,7 @@ class Own(nn.Module):
         self.twin = copy.deepcopy(self.third)
         self.scale = nn.Parameter(torch.tensor([1.0, -2.5, 0.5]))
         both = torch.randn(6, 5)
-        self.left, self.right = nn.Parameter(both[:, :2].clone()), nn.Parameter(both[:, 2:].contiguous())
+        self.left, self.right = nn.Parameter(both[:, :2].clone()), nn.Parameter(both.view(-1)[3:10])
         self.norm = nn.BatchNorm1d(12)
         self.embed = nn.Embedding(5, 6, padding_idx=2)
         self.attention = nn.MultiheadAttention(8, 2)
@@ -219,3 +222,28 @@ def _peak(rank: int) -> None:
 
 def test_whole_tensors_are_given_up_one_by_one(ranks: Any) -> None:
     ranks(2).run(_peak)
+
+
+def _resident(rank: int, deferred: bool, layers: int, width: int) -> tuple[int, int]:
+    """(bytes by which this process grew at most, whole tensors alive at once) while a stack of square matrices was built and sharded."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+
+    hierarchical_zero(nn.Linear(4, 4), topology="4", plan="zero3", compile=False, sync_init=True)  # what every job has
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.manual_seed(0)
+    with deferred_init() if deferred else contextlib.nullcontext():
+        plain = make()
+    model: Any = hierarchical_zero(plain, topology="4", plan="zero3", compile=False)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024  # Linux counts in KiB
+    return grown, model.zero.start_peak
+
+
+def test_the_process_never_holds_the_whole_model() -> None:
+    """16 matrices of 4 MiB on four ranks: 16 MiB of shards each, and about one matrix on top; a plain start holds all 64 MiB."""
+    layers, one = 16, 4 << 20
+    (deferred, *_), (plain, *_) = (run(_resident, 4, deferred, layers, 1024, timeout=120) for deferred in (True, False))
+    assert deferred[1] == one
+    assert plain[0] > layers * one
+    assert deferred[0] < layers * one / 4 + 4 * one, deferred
