@@ -288,6 +288,11 @@ def _notices(engine: Engine, index: Metadata, source: Path, has_rank: bool) -> l
         notices.append(
             f"random states of {source} are not those of {here} ranks: the generators go on as they were seeded"
         )
+        odd = {
+            ".".join(map(str, path[3:])) for path in paths(index).values() if path[0] == RANKS and path[2] == "buffers"
+        }
+        if odd:
+            notices.append(f"buffers that differed from rank to rank are rank 0's now: {', '.join(sorted(odd))}")
     plans = template(index, "images")
     if plans and resume.plan_key(engine) not in plans and any(unit.image is not None for unit in engine.units):
         notices.append(

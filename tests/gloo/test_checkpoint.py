@@ -114,6 +114,11 @@ def plain_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
     return out
 
 
+def forward(model: Any) -> float:
+    with torch.no_grad():
+        return float(model(torch.arange(10).view(2, 5)))
+
+
 def trained_everywhere(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """State for every parameter, unused ones included: what torch's get_optimizer_state_dict wants to find."""
     for parameter in model.parameters():
@@ -156,11 +161,12 @@ def _other_systems(rank: int, folder: str) -> dict[str, Any]:
         zcompile.load(last, None, f"{folder}/{name}")
         weights_only = {key: value for key, value in expected.items() if "/" not in key}
         same_bits(whole_state(last), weights_only)
+    changed, _ = made("2x2", "zeropp", "adamw", seed=8)
+    forward(changed)
     dcp.load(
-        state := {"model": last.state_dict()}, checkpoint_id=f"{folder}/ours"
-    )  # plain calls fill the masters in place
-    one_step(last, [], 0)
-    del state
+        {"model": changed.state_dict()}, checkpoint_id=f"{folder}/ours"
+    )  # in place, by plain calls: the next forward sees it
+    assert forward(changed) == forward(last)
     return expected
 
 
@@ -188,3 +194,44 @@ def test_other_systems_read_ours_and_we_read_theirs(ranks: Any, tmp_path: Path) 
             assert sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel(), name
     written = {file.name: file.stat().st_size for file in (tmp_path / "ours").glob("*.distcp")}
     assert len(written) == 4 and min(written.values()) > 0  # writers are spread over all ranks
+
+
+def _asynchronous(rank: int, folder: str) -> None:
+    """What is saved is what was there when save was called, whatever training does while it is written; buffers are each rank's own."""
+    model, optimizers = made("2x2", "zero_topo", "adamw")
+    one_step(model, optimizers, 0)
+    model.seen += 10 * rank
+    expected = whole_state(model, *optimizers)
+    saving = zcompile.save(model, optimizers, f"{folder}/first", {"step": 1}, own={"rank": rank}, asynchronous=True)
+    for number in range(1, 4):
+        one_step(model, optimizers, number)
+    later = whole_state(model, *optimizers)
+    zcompile.save(model, optimizers, f"{folder}/second", asynchronous=True)  # waits for the first
+    assert saving is not None and saving.done() and saving.wait() == Path(folder, "first")
+    found = zcompile.load(model, optimizers, f"{folder}/first")  # waits for the second
+    assert found.exact and found.own == {"rank": rank} and found.extra == {"step": 1}
+    same_bits(whole_state(model, *optimizers), expected)
+    assert model.seen == 1 + 10 * rank
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["first", "second"]
+    zcompile.load(model, optimizers, f"{folder}/second")
+    same_bits(whole_state(model, *optimizers), later)
+    other, again = made("4", "zero3", "adamw", seed=4)
+    found = zcompile.load(other, again, f"{folder}/first")
+    assert found.exact and found.own == {"rank": rank}  # as many ranks: native formats hold nothing else of a topology
+    same_bits(whole_state(other, *again), expected)
+
+
+def _other_buffers(rank: int, folder: str) -> list[str]:
+    model, optimizers = made("2", "zero3", "adamw", seed=4)
+    found = zcompile.load(model, optimizers, f"{folder}/first")
+    assert found.own == {} and not found.exact and model.seen == 1
+    return found.notices
+
+
+def test_asynchronous_saves_hold_the_moment_of_the_call_and_another_world_is_told_what_is_lost(
+    ranks: Any, tmp_path: Path
+) -> None:
+    ranks(4).run(_asynchronous, str(tmp_path), timeout=200)
+    for notices in ranks(2).run(_other_buffers, str(tmp_path)):
+        assert len(notices) == 2
+        assert "not those of 2 ranks" in notices[0] and "buffers that differed" in notices[1] and "seen" in notices[1]
