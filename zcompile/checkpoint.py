@@ -313,3 +313,7 @@ def _raise_alike(call: Callable[[], Any], folder: Path) -> Any:
         text = str(first) if isinstance(first, CheckpointError) else f"{folder}: {type(first).__name__}: {first}"
         more = f" (and {len(error.failures) - 1} ranks more)" if len(error.failures) > 1 else ""
         raise CheckpointError(f"rank {rank}: {text}{more}") from first
+    except CheckpointError:
+        raise
+    except RuntimeError as error:  # of a collective: torch does not say of which file
+        raise CheckpointError(f"{folder}: a rank is gone or late. torch said: {error}") from error

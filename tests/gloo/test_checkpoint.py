@@ -222,7 +222,7 @@ def _asynchronous(rank: int, folder: str) -> None:
 
 
 def _other_buffers(rank: int, folder: str) -> list[str]:
-    model, optimizers = made("2", "zero3", "adamw", seed=4)
+    model, optimizers = made("2", "zero3", "adamw", seed=4, compute_dtype=torch.bfloat16)
     found = zcompile.load(model, optimizers, f"{folder}/first")
     assert found.own == {} and not found.exact and model.seen == 1
     return found.notices
@@ -235,3 +235,42 @@ def test_asynchronous_saves_hold_the_moment_of_the_call_and_another_world_is_tol
     for notices in ranks(2).run(_other_buffers, str(tmp_path)):
         assert len(notices) == 2
         assert "not those of 2 ranks" in notices[0] and "buffers that differed" in notices[1] and "seen" in notices[1]
+
+
+def t5(seed: int) -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=41, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+
+
+def _tied(rank: int, folder: str) -> dict[str, Any]:
+    model: Any = hierarchical_zero(t5(0), topology="2x2", plan="zero_topo", compile=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ids = torch.arange(12).view(2, 6)
+    model.eval()(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    zcompile.save(model, optimizer, f"{folder}/t5")
+    expected = whole_state(model, optimizer)
+    other: Any = hierarchical_zero(t5(1), topology="4", plan="hsdp", compile=False)
+    again = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    zcompile.load(other, again, f"{folder}/t5")
+    same_bits(whole_state(other, again), expected)
+    return expected
+
+
+def test_a_tied_t5_is_written_once_under_all_its_names(ranks: Any, tmp_path: Path) -> None:
+    (expected, *_) = ranks(4).run(_tied, str(tmp_path), timeout=200)
+    plain = t5(2)
+    dcp.load({"model": plain.state_dict()}, checkpoint_id=tmp_path / "t5")
+    same_bits(dict(plain.state_dict()), {name: value for name, value in expected.items() if "/" not in name})
+    tied = [f"model.{n}.weight" for n in ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head")]
+    index = read_index(tmp_path / "t5")
+    places = {
+        name: {(i.relative_path, i.offset) for k, i in index.storage_data.items() if k.fqn == name} for name in tied
+    }
+    assert set(tied) <= set(index.state_dict_metadata) and len(places[tied[0]]) == 4
+    assert all(place == places[tied[0]] for place in places.values())
+    assert len({name for name in expected if name.endswith("/exp_avg")}) == len(list(plain.parameters()))

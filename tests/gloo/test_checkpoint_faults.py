@@ -7,13 +7,16 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from support.spawn import RanksFailed, run
 from support.state import Awkward, one_step, same_bits, whole_state
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -94,6 +97,37 @@ def _full_disk(rank: int, root: str) -> None:
 
 def test_f15_a_full_disk_leaves_the_old_checkpoint_and_names_the_file(ranks: Any, tmp_path: Path) -> None:
     ranks(WORLD).run(_full_disk, str(tmp_path), timeout=200)
+
+
+def _killed(rank: int, root: str) -> str:
+    model, optimizer = made()
+    zcompile.save(model, optimizer, f"{root}/good", {"step": 1})
+    if rank == 1:
+        FileSystem.create_stream = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment, return-value]
+    try:
+        zcompile.save(model, optimizer, f"{root}/new")
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def _after_the_kill(rank: int, root: str) -> None:
+    newest = zcompile.latest_checkpoint(root)
+    assert newest == Path(root, "good"), newest
+    model, optimizer = made(seed=3)
+    assert zcompile.load(model, optimizer, newest).extra == {"step": 1}
+    same_bits(whole_state(model), whole_state(made()[0]))
+    zcompile.save(model, optimizer, f"{root}/new")
+
+
+def test_f12_a_rank_that_is_killed_while_it_saves_leaves_the_checkpoint_before(ranks: Any, tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed) as failed:
+        run(_killed, WORLD, str(tmp_path), timeout=120)
+    assert set(failed.value.failures) == {1}, failed.value
+    assert f"{tmp_path}/new: a rank is gone or late" in failed.value.results[0], failed.value.results
+    assert sorted(os.listdir(tmp_path)) == ["good"]
+    ranks(WORLD).run(_after_the_kill, str(tmp_path), timeout=120)
+    assert sorted(os.listdir(tmp_path)) == ["good", "new"]
 
 
 class Evil:
