@@ -132,7 +132,12 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
     main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")
     resolved = plan.resolve(found, main, _chip(device))
     _agree(runtime, model, resolved, compute, options)
-    files = None if beginning.pretrained is None else pretrained.Files(model, folder_of(beginning.pretrained))
+    source = None if beginning.pretrained is None else folder_of(beginning.pretrained)
+    files = (
+        None
+        if source is None
+        else together(runtime, lambda: pretrained.Files(model, source), f"{source} cannot be loaded")
+    )
     if start is not None:
         start.check(set(files.names) if files else set())
     elif device.type != "meta" and files is None:
@@ -143,7 +148,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
         _materialise(engine, start, set(files.names) if files else set())
     install(model, engine)
     if files is not None:
-        together(engine, lambda: pretrained.load(model, engine, files), f"{files.folder} cannot be loaded")
+        together(engine.runtime, lambda: pretrained.load(model, engine, files), f"{files.folder} cannot be loaded")
     optimizers.guard()
     if compile:
         engine.compiled = torch.compile(
@@ -362,8 +367,8 @@ def load_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         CheckpointError: on every rank alike: no safetensors there, a name or a shape that does not fit, a file that cannot be read.
     """
     engine = _engine(model, "load_pretrained")
-    files = together(engine, lambda: pretrained.Files(_inner(model), folder), f"{folder} cannot be loaded")
-    together(engine, lambda: pretrained.load(_inner(model), engine, files), f"{folder} cannot be loaded")
+    files = together(engine.runtime, lambda: pretrained.Files(_inner(model), folder), f"{folder} cannot be loaded")
+    together(engine.runtime, lambda: pretrained.load(_inner(model), engine, files), f"{folder} cannot be loaded")
 
 
 def ledger(model: nn.Module) -> dict[str, Any]:

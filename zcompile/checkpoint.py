@@ -113,7 +113,7 @@ def save(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
             prepare(target)
         return found
 
-    state = together(engine, begin, f"{target} cannot be written")
+    state = together(engine.runtime, begin, f"{target} cannot be written")
     aliases = {
         f"model.{slot.name}": [("model", name) for name in slot.names[1:] if name in state["model"]]
         for slot in engine.slots
@@ -199,14 +199,16 @@ def load(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
     finish(engine)
     used = optimizers.listed(optimizer)
     engine.runtime.agreement.compare("folder of a checkpoint", str(source))
-    index = together(engine, lambda: read_index(source), "cannot be loaded")
-    wanted = together(engine, lambda: _wanted(model, engine, used, index, drop_window), f"{source} cannot be loaded")
+    index = together(engine.runtime, lambda: read_index(source), "cannot be loaded")
+    wanted = together(
+        engine.runtime, lambda: _wanted(model, engine, used, index, drop_window), f"{source} cannot be loaded"
+    )
     group = engine.runtime.agreement.group
     _raise_alike(
         lambda: dcp.load(wanted, storage_reader=Reader(source), planner=LoadPlanner(), process_group=group), source
     )
     rank = wanted.get(RANKS, {}).get(str(engine.runtime.rank), {})
-    together(engine, lambda: _take(model, engine, used, wanted, rank), f"{source} cannot be loaded")
+    together(engine.runtime, lambda: _take(model, engine, used, wanted, rank), f"{source} cannot be loaded")
     notices = _notices(engine, index, source, bool(rank))
     if lost := feedback.load(engine, source, "feedback"):
         notices.append(lost)

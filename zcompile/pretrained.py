@@ -154,7 +154,9 @@ def export(model: Any, engine: Engine, folder: Path, dtype: torch.dtype | None, 
         names, {name: state[name].numel() * _saved_as(state[name], dtype).itemsize for name in names}, shard_bytes
     )
     new = partial(folder)
-    together(engine, lambda: prepare(folder) if engine.runtime.rank == 0 else None, f"{folder} cannot be written")
+    together(
+        engine.runtime, lambda: prepare(folder) if engine.runtime.rank == 0 else None, f"{folder} cannot be written"
+    )
     where: dict[str, str] = {}
     for number, part in enumerate(plan, 1):
         file = WEIGHTS if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
@@ -164,7 +166,7 @@ def export(model: Any, engine: Engine, folder: Path, dtype: torch.dtype | None, 
             if engine.runtime.rank == 0:
                 tensors[name] = whole.to("cpu", _saved_as(whole, dtype), copy=True).contiguous()
         where |= dict.fromkeys(part, file)
-        together(engine, lambda: _write(tensors, new / file), f"{folder} cannot be written")  # noqa: B023 (called at once)
+        together(engine.runtime, lambda: _write(tensors, new / file), f"{folder} cannot be written")  # noqa: B023 (called at once)
 
     def finish() -> None:
         if engine.runtime.rank == 0:
@@ -176,7 +178,7 @@ def export(model: Any, engine: Engine, folder: Path, dtype: torch.dtype | None, 
             _write_config(model, new, dtype)
             os.rename(new, folder)
 
-    together(engine, finish, f"{folder} cannot be written")
+    together(engine.runtime, finish, f"{folder} cannot be written")
 
 
 def _files(names: list[str], sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from zcompile._torch_compat import set_element
-from zcompile.engine import Engine
+from zcompile.runtime import Runtime
 
 T = TypeVar("T")
 
@@ -314,7 +314,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 # -- all ranks alike -----------------------------------------------------------------------------------------------------------------
 
 
-def together(engine: Engine, step: Callable[[], T], what: str) -> T:
+def together(runtime: Runtime, step: Callable[[], T], what: str) -> T:
     """What `step` returns; if it raises on any rank, every rank raises: its own error, or a CheckpointError with another's."""
     error: Exception | None = None
     out: Any = None
@@ -322,12 +322,12 @@ def together(engine: Engine, step: Callable[[], T], what: str) -> T:
         out = step()
     except Exception as raised:
         error = raised
-    said: list[Any] = [None] * engine.runtime.topology.world_size
+    said: list[Any] = [None] * runtime.topology.world_size
     mine = None if error is None else f"{type(error).__name__}: {error}"
-    if engine.runtime.agreement.group is None:
+    if runtime.agreement.group is None:
         said = [mine]
     else:
-        dist.all_gather_object(said, mine, group=engine.runtime.agreement.group)
+        dist.all_gather_object(said, mine, group=runtime.agreement.group)
     if error is not None:
         raise error
     other = next(((rank, text) for rank, text in enumerate(said) if text is not None), None)
