@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from zcompile.storage import (
     Reader,
     Writer,
     discard,
+    entries,
     folder_of,
     paths,
     prepare,
@@ -84,17 +85,15 @@ class Loaded:
     Attributes:
         extra: what `save` was given as extra, the same on every rank; {} if nothing.
         own: what this rank gave as own, if the checkpoint has as many ranks; else {}.
-        exact: whether the run goes on as the saved one would have, bit for bit.
-        notices: why not: what could not be brought back on this world or plan. Rank 0 has printed them.
+        exact: whether the run goes on as the saved one would have, bit for bit: on the same topology and plan (on others gradients are
+            added up in another order), with nothing in `notices`.
+        notices: what could not be brought back on this world or plan. Rank 0 has printed them.
     """
 
     extra: dict[str, Any]
     own: dict[str, Any]
-    notices: list[str] = field(default_factory=list)
-
-    @property
-    def exact(self) -> bool:
-        return not self.notices
+    exact: bool
+    notices: list[str]
 
 
 def save(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optimizer] | None, folder: str | os.PathLike[str],
@@ -199,7 +198,7 @@ def load(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
     finish(engine)
     used = optimizers.listed(optimizer)
     engine.runtime.agreement.compare("folder of a checkpoint", str(source))
-    index = together(engine.runtime, lambda: read_index(source), "cannot be loaded")
+    index = together(engine.runtime, lambda: read_index(source), f"{source} cannot be loaded")
     wanted = together(
         engine.runtime, lambda: _wanted(model, engine, used, index, drop_window), f"{source} cannot be loaded"
     )
@@ -218,10 +217,10 @@ def load(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
         resume.set_random_state(engine.device, rank["random"])
     for notice in notices if engine.runtime.rank == 0 else []:
         print(f"zcompile: {notice}", file=sys.stderr, flush=True)
-    engine.runtime.agreement.exchange(
-        [], step="the end of a load"
-    )  # nobody reads a copy that another rank has not made yet
-    return Loaded(wanted.get("extra", {}), rank.get("own", {}), notices)
+    exact = not notices and wanted["zcompile"]["plan"] == resume.plan_key(engine)
+    # Nobody goes on to read a copy that another rank has not made yet.
+    engine.runtime.agreement.exchange([], step="the end of a load")
+    return Loaded(wanted.get("extra", {}), rank.get("own", {}), exact, notices)
 
 
 def _wanted(
@@ -252,14 +251,15 @@ def _wanted(
             raise CheckpointError(
                 f"{name!r} has shape {tuple(size or ())} in it and {tuple(value.shape)} in this model"
             )
-    rank, ranks = str(engine.runtime.rank), template(index, RANKS)
+    rank, ranks = str(engine.runtime.rank), {path[1] for path in paths(index).values() if path[0] == RANKS}
     wanted = {
         "model": held,
         "optimizer": optimizers.empty_state(engine, used, index),
         "gradients": resume.empty_gradients(engine, index, drop_window),
         "images": resume.empty_images(engine, index),
         "extra": template(index, "extra"),
-        RANKS: {rank: ranks[rank]} if rank in ranks and len(ranks) == engine.runtime.topology.world_size else {},
+        "zcompile": template(index, "zcompile"),
+        RANKS: {rank: template(index, RANKS, rank)} if len(ranks) == engine.runtime.topology.world_size else {},
     }
     return {key: value for key, value in wanted.items() if value}
 
@@ -295,7 +295,7 @@ def _notices(engine: Engine, index: Metadata, source: Path, has_rank: bool) -> l
         }
         if odd:
             notices.append(f"buffers that differed from rank to rank are rank 0's now: {', '.join(sorted(odd))}")
-    plans = template(index, "images")
+    plans = entries(index, "images")
     if plans and resume.plan_key(engine) not in plans and any(unit.image is not None for unit in engine.units):
         notices.append(
             f"delta refresh: {source} was saved on another topology or plan, so the next refresh is a full one"

@@ -158,8 +158,16 @@ class Recording:
         args, kwargs = torch.utils._pytree.tree_map(real, call.arguments, is_leaf=is_part)
         with torch.no_grad():
             outputs = [t for t in tree_flatten(call.function(*args, **kwargs))[0] if isinstance(t, Tensor)]
-        for part, output in zip(call.outputs, outputs, strict=False):
-            live.setdefault(part.storage, output.untyped_storage())
+        for part, output in zip(
+            call.outputs, outputs, strict=bool(call.outputs)
+        ):  # of nn.init's functions none are kept
+            if part.storage in live:
+                continue
+            same = (output.stride(), output.storage_offset(), output.dtype) == (part.stride, part.offset, part.dtype)
+            if not same:  # a device that lays its result out in another way than the meta device says
+                new = torch.UntypedStorage(self.storages[part.storage].nbytes(), device=device)
+                output = tensor_of(part, new, device).copy_(output)
+            live[part.storage] = output.untyped_storage()
 
 
 def tensor_of(part: Part, storage: torch.UntypedStorage, device: torch.device) -> Tensor:
@@ -222,6 +230,13 @@ class _Operations(TorchDispatchMode):
             for tensor in tree_flatten(given.get(argument.name))[0]
             if isinstance(tensor, Tensor)
         ]
+        factory = "dtype" in {argument.name for argument in schema.arguments} and isinstance(out, Tensor)
+        if (
+            factory
+            and kwargs.get("dtype") is None
+            and not any(isinstance(value, Tensor) for value in tree_flatten(args)[0])
+        ):
+            kwargs = {**kwargs, "dtype": out.dtype}  # not what the default is when it is run
         if name not in _EMPTY:
             self.recording.note(func, args, kwargs, out, writes, name in _OVERWRITES)
         return out

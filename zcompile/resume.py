@@ -22,7 +22,7 @@ from zcompile._torch_compat import wrap_local
 from zcompile.engine import Engine
 from zcompile.params import Slot, at_start
 from zcompile.refresh import copy_from_image, spread_image
-from zcompile.storage import CheckpointError, template
+from zcompile.storage import CheckpointError, entries
 
 
 def plan_key(engine: Engine) -> str:
@@ -62,7 +62,7 @@ def gradients(engine: Engine) -> dict[str, Any]:
 def empty_gradients(engine: Engine, index: Metadata, drop_window: bool) -> dict[str, Any]:
     """Buffers of the gradients that the checkpoint has, for dcp.load to fill; those that this model had are forgotten."""
     engine.drop_accumulated()
-    found = template(index, "gradients")
+    found = entries(index, "gradients")
     out: dict[str, Any] = {}
     for slot in engine.slots:
         slot.master.grad = None
@@ -119,7 +119,7 @@ def images(engine: Engine) -> dict[str, Any]:
 
 def empty_images(engine: Engine, index: Metadata) -> dict[str, Any]:
     """The buffers of `images` themselves, if the checkpoint has them for this plan."""
-    return images(engine) if plan_key(engine) in template(index, "images") else {}
+    return images(engine) if plan_key(engine) in entries(index, "images") else {}
 
 
 def take_images(engine: Engine, filled: dict[str, Any]) -> None:

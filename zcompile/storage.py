@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
 
@@ -184,14 +185,25 @@ def paths(index: Metadata) -> dict[str, tuple[str | int, ...]]:
     return {name: tuple((index.planner_data or {}).get(name, (name,))) for name in index.state_dict_metadata}
 
 
+def entries(index: Metadata, *prefix: str) -> Any:
+    """What the index says of what was saved below `prefix`, nested as it was; {} if there is nothing."""
+    return _nested(index, prefix, lambda entry: entry)
+
+
 def template(index: Metadata, *prefix: str) -> Any:
     """What was saved below `prefix`, nested as it was, tensors empty and on the CPU: for dcp.load to fill. {} if there is nothing."""
+
+    def empty(entry: Any) -> Tensor | None:
+        return torch.empty(entry.size, dtype=entry.properties.dtype) if hasattr(entry, "size") else None
+
+    return _nested(index, prefix, empty)
+
+
+def _nested(index: Metadata, prefix: tuple[str, ...], make: Callable[[Any], Any]) -> Any:
     out: Any = {}
     for name, path in paths(index).items():
         if len(path) > len(prefix) and path[: len(prefix)] == prefix:
-            entry: Any = index.state_dict_metadata[name]
-            size = getattr(entry, "size", None)
-            set_element(out, path, None if size is None else torch.empty(size, dtype=entry.properties.dtype))
+            set_element(out, path, make(index.state_dict_metadata[name]))
     for key in prefix:
         out = out.get(key, {})
     return out

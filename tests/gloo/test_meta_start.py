@@ -196,6 +196,19 @@ def test_modules_initialise_themselves_and_one_that_cannot_is_named(ranks: Any) 
     ranks(2).run(_plain_meta, timeout=120)
 
 
+class Drawn(nn.Module):
+    """Its dtype is the default one when it is made, not when it gets its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            self.drawn, self.ones = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.ones(3))
+            self.linear = nn.Linear(3, 4)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def _peak(rank: int) -> None:
     """Sixteen layers: never more than a few of their tensors at once."""
 
@@ -210,6 +223,13 @@ def _peak(rank: int) -> None:
     model = hierarchical_zero(model, topology="2", plan="zero3", compile=False)
     one, drawn = 64 * 64 * 4, model.zero.start_peak
     assert one <= drawn <= 2 * one, drawn
+    torch.manual_seed(2)
+    plain = Drawn()
+    torch.manual_seed(2)
+    with deferred_init():
+        drawn_model: Any = Drawn()
+    drawn_model = hierarchical_zero(drawn_model, topology="2", plan="zero3", compile=False)
+    same_bits(whole_state(drawn_model), {name: value.float() for name, value in plain.state_dict().items()})
     with pytest.raises(ValueError, match="several deferred_init"):
         with deferred_init():
             first = small()
