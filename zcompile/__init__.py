@@ -3,6 +3,8 @@
 __version__ = "0.1.0"
 
 from zcompile.api import (
+    clip_grad_norm_,
+    coverage,
     export,
     feedback_state,
     full_state_dict,
@@ -12,6 +14,7 @@ from zcompile.api import (
     load_feedback_state,
     load_pretrained,
     mark_written,
+    precision,
     save,
 )
 from zcompile.deferred import deferred_init
@@ -27,6 +30,8 @@ __all__ = [
     "Rule",
     "Topology",
     "WireFormat",
+    "clip_grad_norm_",
+    "coverage",
     "deferred_init",
     "export",
     "feedback_state",
@@ -38,5 +43,6 @@ __all__ = [
     "load_feedback_state",
     "load_pretrained",
     "mark_written",
+    "precision",
     "save",
 ]

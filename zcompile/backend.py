@@ -30,11 +30,12 @@ from zcompile._torch_compat import (
     compile_fx_inner,
     generated_code,
 )
+from zcompile.covered import break_of
 from zcompile.engine import Engine, current_engine
 from zcompile.options import Options
 from zcompile.passes import pin, runner
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import TRAFFIC, collective_of, find
+from zcompile.passes.nodes import GATHER, TRAFFIC, collective_of, find, spec_of
 from zcompile.passes.verify import traffic
 from zcompile.program import Program
 
@@ -89,6 +90,9 @@ class Compilation:
         self.observer = self.dump.observe if self.dump else None
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        broken = break_of(gm)
+        if broken is not None and broken not in self.engine.breaks:
+            self.engine.breaks.append(broken)
         patches: dict[str, Any] = {"joint_custom_post_pass": GraphPass(self.joint, self.engine.plan.key), **pin.PATCHES}
         if not self.options.codegen:
             patches["pattern_matcher"] = (
@@ -113,13 +117,14 @@ class Compilation:
             context.decompositions = (
                 dict(details["get_decomp_fn"]()) if "get_decomp_fn" in details else default_decompositions()
             )
+        reads = frozenset(spec_of(node).name for node in find(gm.graph, GATHER))
         runner.run(gm, passes.LOWERED, context, self.observer)
         collectives = [collective_of(node) for node in find(gm.graph, *TRAFFIC)]
         order, compiled = pin.order(gm), traffic(gm)
         begin, misses = time.perf_counter(), code_cache_misses()
         code = self._generate(gm, example_inputs, details, order) if self.options.codegen else boxed(gm)
         program = Program(context.name, stage, self.engine, code, collectives, context.predicted, compiled)
-        program.expected = context.expected
+        program.expected, program.reads = context.expected, reads
         program.seconds = {**context.seconds, "codegen": time.perf_counter() - begin}
         if self.options.codegen:
             program.code = "generated" if code_cache_misses() > misses else "loaded"

@@ -163,6 +163,7 @@ def _state(model: nn.Module, engine: Engine, used: optimizers.Optimizers, extra:
             "ranks": topology.world_size,
             "topology": topology.key,
             "plan": resume.plan_key(engine),
+            "skipped": engine.skipped,
         },
         RANKS: {key: value for key, value in mine.items() if value},
     }
@@ -277,6 +278,7 @@ def _take(
     if used:
         optimizers.restore(engine, used, filled["optimizer"])
     resume.take_gradients(engine, filled.get("gradients", {}))
+    engine.skipped = filled.get("zcompile", {}).get("skipped", 0)
 
 
 def _notices(engine: Engine, index: Metadata, source: Path, has_rank: bool) -> list[str]:

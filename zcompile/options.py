@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
+NONFINITE = ("skip", "raise", "ignore")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -23,7 +25,11 @@ class Options:
         timeout: seconds a rank waits for another at set-up and at an agreement before it raises.
         compile_timeout: seconds a rank waits for another that generates code.
         sync_init: take rank 0's initial values on every rank instead of requiring that they are equal.
-        checks: compare checksums of the masters before each forward, to find writes that torch does not see.
+        checks: compare checksums of the masters before each forward, to find writes that torch does not see, and look at each gradient
+            before it is reduced, to say on which rank one that is not finite arose.
+        nonfinite: what an optimizer's step does when a gradient is not finite on any rank: "skip" it on all ranks, count and say it;
+            "raise" FloatingPointError on all ranks; "ignore" it, without the exchange that the others cost.
+        strict: raise after a forward in which a parameter was read outside of compiled graphs: see zcompile.coverage.
         fullgraph, dynamic: as in torch.compile, for a model that compiles itself.
     """
 
@@ -35,13 +41,17 @@ class Options:
     compile_timeout: float = 3600.0
     sync_init: bool = False
     checks: bool = False
+    nonfinite: str = "skip"
+    strict: bool = False
     fullgraph: bool = False
     dynamic: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("codegen", "sync_init", "checks", "fullgraph"):
+        for name in ("codegen", "sync_init", "checks", "strict", "fullgraph"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"option {name}={getattr(self, name)!r}: must be True or False")
+        if self.nonfinite not in NONFINITE:
+            raise ValueError(f"option nonfinite={self.nonfinite!r}: must be one of {', '.join(NONFINITE)}")
         if self.dynamic not in (None, True, False):
             raise ValueError(f"option dynamic={self.dynamic!r}: must be None, True or False")
         for name in ("timeout", "compile_timeout"):

@@ -24,6 +24,7 @@ class Program:
         seconds: wall time by pass, and of code generation ("codegen") with the waiting for another rank's.
         code: where the code came from: "generated", "loaded" or "interpreted".
         expected: what the schedule expects of it, in seconds by the machine's data: see zcompile.passes.context.
+        reads: names of the parameters that it gathers.
         predicted, compiled: bytes one rank receives when it runs, by closed form and from the graph.
     """
 
@@ -40,6 +41,7 @@ class Program:
         self.seconds: dict[str, float] = {}
         self.expected: dict[str, float] = {}
         self.code = "interpreted"
+        self.reads: frozenset[str] = frozenset()
 
     def entry(self) -> Callable[[list[Any]], Any]:
         """The function to hand to AOTAutograd: called with a list of inputs, which it empties."""
@@ -56,4 +58,6 @@ class Program:
         engine.agree_on(self)
         self.runs += 1
         engine.traffic.program(self)
+        if self.stage != "backward":
+            engine.reads.compiled |= self.reads
         return self._code(inputs)
