@@ -133,19 +133,18 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
     resolved = plan.resolve(found, main, _chip(device))
     _agree(runtime, model, resolved, compute, options)
     source = None if beginning.pretrained is None else folder_of(beginning.pretrained)
-    files = (
-        None
-        if source is None
-        else together(runtime, lambda: pretrained.Files(model, source), f"{source} cannot be loaded")
-    )
+    files: pretrained.Files | None = None
+    if source is not None:
+        files = together(runtime, lambda: pretrained.Files(model, source), f"{source} cannot be loaded")
+    given = files.given(model) if files else set()
     if start is not None:
-        start.check(set(files.names) if files else set())
+        start.check(given)
     elif device.type != "meta" and files is None:
         _same_start(runtime, list(_sums(model, options)))
     _say_what_moved(runtime, resolved)
     engine = Engine(model, resolved, runtime, compute, compute_dtype, options, device)
     if start is not None:
-        _materialise(engine, start, set(files.names) if files else set())
+        _materialise(engine, start, given)
     install(model, engine)
     if files is not None:
         together(engine.runtime, lambda: pretrained.load(model, engine, files), f"{files.folder} cannot be loaded")

@@ -160,7 +160,7 @@ class Recording:
             outputs = [t for t in tree_flatten(call.function(*args, **kwargs))[0] if isinstance(t, Tensor)]
         for part, output in zip(
             call.outputs, outputs, strict=bool(call.outputs)
-        ):  # of nn.init's functions none are kept
+        ):  # those of nn.init's functions are not noted
             if part.storage in live:
                 continue
             same = (output.stride(), output.storage_offset(), output.dtype) == (part.stride, part.offset, part.dtype)
@@ -325,7 +325,7 @@ class Start:
             )
 
     def run(self, device: torch.device, give: Callable[[str, Tensor], None], given: set[str]) -> None:
-        """Make every tensor: `give(name, whole)` takes parameters, buffers go to their modules. Those `given` are not made."""
+        """Make every tensor: `give(name, whole)` takes parameters, buffers go to their modules. Parameters `given` are not made."""
         by_storage: dict[int, list[tuple[_Place, Part]]] = {}
         for place, part in self.parts:
             if place.name not in given or place.kind != "parameter":
@@ -347,8 +347,10 @@ class Start:
         if given or not all(torch.equal(now[key], state) for key, state in self.recording.random.items()):
             _set_random_states(now)
         for place, part in self.parts:
-            if place.kind == "buffer" and not part.shape.numel():
-                place.module._buffers[place.attribute] = torch.empty(part.shape, dtype=part.dtype, device=device)
+            if place.kind == "buffer" and _empty(
+                place.module._buffers[place.attribute]
+            ):  # no elements, or among those given
+                place.module._buffers[place.attribute] = torch.zeros(part.shape, dtype=part.dtype, device=device)
 
 
 def _places(model: nn.Module) -> list[tuple[_Place, Tensor]]:

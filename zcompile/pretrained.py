@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from zcompile.engine import Engine
-from zcompile.params import Slot
+from zcompile.params import Slot, named_owners
 from zcompile.storage import CheckpointError, naming, partial, prepare, together
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -65,6 +65,11 @@ class Files:
             if not file.is_file():
                 raise CheckpointError(f"{file}, which {index} names, is not there")
         return where
+
+    def given(self, model: nn.Module) -> set[str]:
+        """First names of the parameters, and names of the buffers, that the files have."""
+        tied = (names for names in named_owners(model).values() if any(name in self.names for name, _, _ in names))
+        return {names[0][0] for names in tied} | {name for name, _ in model.named_buffers() if name in self.names}
 
     def name_of(self, slot: Slot) -> str | None:
         """The name in the files of a parameter: of any of its names, if it is tied."""

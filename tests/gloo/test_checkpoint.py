@@ -201,6 +201,7 @@ def _asynchronous(rank: int, folder: str) -> None:
     model, optimizers = made("2x2", "zero_topo", "adamw")
     one_step(model, optimizers, 0)
     model.seen += 10 * rank
+    model.zero.skipped = 3
     expected = whole_state(model, *optimizers)
     saving = zcompile.save(model, optimizers, f"{folder}/first", {"step": 1}, own={"rank": rank}, asynchronous=True)
     for number in range(1, 4):
@@ -217,6 +218,7 @@ def _asynchronous(rank: int, folder: str) -> None:
     same_bits(whole_state(model, *optimizers), later)
     other, again = made("4", "zero3", "adamw", seed=4)
     found = zcompile.load(other, again, f"{folder}/first")
+    assert other.zero.skipped == 3
     assert found.notices == [] and found.own == {
         "rank": rank
     }  # as many ranks: native formats hold nothing else of a topology

@@ -136,6 +136,16 @@ def test_transformers_checkpoints_go_into_shards_and_come_back(ranks: Any, tmp_p
     ranks(4).run(_round_trip, str(tmp_path), timeout=200)
 
 
+class Tabled(nn.Module):
+    """Nothing here can give itself values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(3, 2))
+        self.table: Tensor
+        self.register_buffer("table", torch.arange(5.0))
+
+
 def _bad(rank: int, root: str) -> None:
     plain = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
     model = hierarchical_zero(plain, topology="2", plan="zero3", compile=False, sync_init=True)
@@ -186,6 +196,14 @@ def _bad(rank: int, root: str) -> None:
             assert words in str(error), error
         else:
             raise AssertionError(words)
+    # a buffer that has its values in the files alone
+    table = folder("table", lambda f: save_file({"table": torch.arange(5.0), "weight": torch.ones(3, 2)}, f / one))
+    with torch.device("meta"):
+        tabled = Tabled()
+    wrapped: Any = hierarchical_zero(tabled, topology="2", plan="zero3", compile=False, pretrained=table)
+    assert torch.equal(wrapped.table, torch.arange(5.0)) and torch.equal(
+        whole_state(wrapped)["weight"], torch.ones(3, 2)
+    )
     # a model's own prefix: files of the bare model
     torch.manual_seed(0)
     full = llama()
