@@ -19,6 +19,7 @@ import io
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -150,16 +151,32 @@ class Reader(dcp.FileSystemReader):
             files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
         done: torch.futures.Future[None] = torch.futures.Future()
         for relative, items in files.items():
+            path = Path(self.path) / relative
             try:
+                self._check_sums(path, items)
                 super().read_data(dataclasses.replace(plan, items=items), planner).wait()
             except CheckpointError:
                 raise
             except Exception as error:
-                raise CheckpointError(
-                    f"{Path(self.path) / relative} cannot be read: {type(error).__name__}: {error}"
-                ) from error
+                raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         done.set_result(None)
         return done
+
+    def _check_sums(self, path: Path, items: Sequence[Any]) -> None:
+        """Each entry is a zip file with a checksum of its data, which torch writes and does not look at."""
+        if not torch.serialization.get_crc32_options():  # then torch writes none that mean anything
+            return
+        with path.open("rb") as file:
+            for index in {item.storage_index for item in items}:
+                info = self.storage_data[index]
+                if info.transform_descriptors:
+                    continue  # not a zip file as it lies there
+                file.seek(info.offset)
+                with zipfile.ZipFile(io.BytesIO(file.read(info.length))) as entry:
+                    if entry.testzip() is not None:
+                        raise CheckpointError(
+                            f"{path} is damaged: {index.fqn!r} in it has not the checksum that it was written with"
+                        )
 
 
 class LoadPlanner(dcp.DefaultLoadPlanner):

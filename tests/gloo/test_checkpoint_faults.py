@@ -161,6 +161,8 @@ def _damaged(rank: int, root: str) -> None:
 
     short = spoiled("short", lambda folder: os.truncate(folder / "__1_0.distcp", 100))
     refused((f"{short}/__1_0.distcp is truncated: 100 bytes of",), load(short))
+    flipped = spoiled("flipped", lambda folder: _flip(folder / "__0_0.distcp", model.embed.weight.to_local()))
+    refused((f"rank 0: {flipped}/__0_0.distcp is damaged", "'model.embed.weight'", "checksum"), load(flipped))
     gone = spoiled("gone", lambda folder: (folder / "__0_0.distcp").unlink())
     refused((f"{gone}/__0_0.distcp", "No such file"), load(gone))
     index = spoiled("index", lambda folder: os.truncate(folder / ".metadata", 50))
@@ -214,6 +216,15 @@ def _damaged(rank: int, root: str) -> None:
     zcompile.save(model, optimizer, f"{root}/cut")
     latest = zcompile.latest_checkpoint(root)
     assert latest == Path(root, "cut"), latest
+
+
+def _flip(file: Path, values: torch.Tensor) -> None:
+    """One bit of one of these values."""
+    data = bytearray(file.read_bytes())
+    place = data.find(values.detach().numpy().tobytes())
+    assert place > 0
+    data[place + 2] ^= 1
+    file.write_bytes(data)
 
 
 def _point_outside(index: Path) -> None:
