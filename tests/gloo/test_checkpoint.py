@@ -279,3 +279,41 @@ def test_a_tied_t5_is_written_once_under_all_its_names(ranks: Any, tmp_path: Pat
     assert set(tied) <= set(index.state_dict_metadata) and len(places[tied[0]]) == 4
     assert all(place == places[tied[0]] for place in places.values())
     assert len({name for name in expected if name.endswith("/exp_avg")}) == len(list(plain.parameters()))
+
+
+def whole_gradients(model: Any) -> dict[str, Any]:
+    return {n: p.grad.full_tensor().clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _between(rank: int, folder: str) -> None:
+    """Saved between micro-batches: what was synced goes to any plan; an open window goes nowhere else, and is lost only if asked for."""
+    model, optimizers = made("2x2", "zero_topo", "adamw")
+    one_step(model, [], 0)  # a backward without a step
+    expected = whole_gradients(model)
+    assert len(expected) > 5
+    zcompile.save(model, optimizers, f"{folder}/synced")
+    model.set_requires_gradient_sync(False)
+    model(torch.arange(10).view(2, 5)).backward()
+    zcompile.save(model, optimizers, f"{folder}/open")
+
+    other, again = made("4", "zero3", "adamw", seed=3)
+    one_step(other, [], 7)
+    zcompile.load(other, again, f"{folder}/synced")
+    same_bits(whole_gradients(other), expected)
+    with pytest.raises(zcompile.CheckpointError, match=r"between micro-batches.*drop_window=True"):
+        zcompile.load(other, again, f"{folder}/open")
+    zcompile.load(other, again, f"{folder}/open", drop_window=True)
+    same_bits(whole_gradients(other), expected)
+    assert other.zero.memory()["main"] == 0
+    same, again = made("2x2", "zero_topo", "adamw", seed=3)
+    zcompile.load(same, again, f"{folder}/open")
+    for one, two in zip(model.zero.slots, same.zero.slots, strict=True):
+        assert (one in model.zero.window.mains) == (two in same.zero.window.mains)
+        if one in model.zero.window.mains:
+            assert torch.equal(model.zero.window.mains[one], same.zero.window.mains[two])
+    zcompile.load(same, again, f"{folder}/synced")  # and what was open before a load is forgotten
+    assert same.zero.memory()["main"] == 0
+
+
+def test_gradients_go_to_any_plan_and_an_open_window_to_its_own(ranks: Any, tmp_path: Path) -> None:
+    ranks(4).run(_between, str(tmp_path), timeout=200)
