@@ -44,10 +44,7 @@ def rows(engine: Engine, own: Tensor) -> DTensor:
 
 
 def gradients(engine: Engine) -> dict[str, Any]:
-    """Gradients that wait for an optimizer step: {"synced": {name: DTensor}, "window": {plan key: {...}}}; {} if there are none.
-
-    Every rank calls it.
-    """
+    """Gradients that wait for an optimizer step: {"synced": {name: DTensor}, "window": {plan key: {...}}}; {} if there are none."""
     out: dict[str, Any] = {}
     synced = {slot.name: slot.master.grad.detach() for slot in engine.slots if slot.master.grad is not None}
     if synced:

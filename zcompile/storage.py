@@ -13,7 +13,6 @@ made of and refuses all others by name, and `LoadPlanner` loads with weights_onl
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import io
 import os
@@ -270,17 +269,16 @@ class Writer(dcp.FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
         """Rank 0, when all ranks have written: the index, then the name."""
-        for result in (r for rank in results for r in rank):
-            path = Path(self.path) / result.storage_data.relative_path
+        for file in {r.storage_data.relative_path for rank in results for r in rank}:
+            path = Path(self.path) / file
             if not path.is_file():
                 raise CheckpointError(
                     f"{path} was written by another rank and is not to be seen from rank 0: a checkpoint needs a file system that all "
                     "ranks share"
                 )
-        aliased = [copy.copy(r) for rank in results for r in rank if r.index.fqn in self.aliases]
         extra = []
-        for result in aliased:
-            for path in self.aliases[result.index.fqn]:
+        for result in (r for rank in results for r in rank):
+            for path in self.aliases.get(result.index.fqn, ()):
                 name = ".".join(path)
                 metadata.state_dict_metadata[name] = metadata.state_dict_metadata[result.index.fqn]
                 metadata.planner_data[name] = path
