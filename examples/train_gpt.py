@@ -23,13 +23,11 @@ from typing import IO, Any, NoReturn
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 import zcompile
@@ -155,12 +153,11 @@ class Run:
         self.model.train()
         return mean_over_ranks(torch.stack(losses).mean())
 
-    def state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "step": self.step, "position": self.batches.position}
-
-    def save(self) -> None:
-        dcp.save(self.state(), checkpoint_id=self.arguments.checkpoint / f"step-{self.step:06d}")
+    def save(self, asynchronous: bool = False) -> None:
+        """With what an exact resume needs: random states, and whatever the plan keeps beside the weights."""
+        extra = {"step": self.step, "position": self.batches.position}
+        folder = self.arguments.checkpoint / f"step-{self.step:06d}"
+        zcompile.save(self.model, self.optimizer, folder, extra, asynchronous=asynchronous)
 
     def set_aside(self) -> None:
         """Move an earlier run's checkpoints out of the way of a run that starts afresh."""
@@ -169,17 +166,16 @@ class Run:
             folder.rename(folder.with_name(f"{folder.name}-until-{time.strftime('%Y%m%d-%H%M%S')}"))
 
     def resume(self) -> None:
-        """Go on from the newest complete checkpoint: its .metadata is written last."""
-        folder: pathlib.Path = self.arguments.checkpoint
-        complete = sorted(path.parent for path in folder.glob("step-*/.metadata"))
-        if not complete:
-            raise ValueError(f"--resume: no checkpoint in {folder}; train without --resume first, or set --checkpoint")
-        state = self.state()
-        dcp.load(state, checkpoint_id=complete[-1])
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        self.step, self.batches.position = state["step"], state["position"]
+        """Go on from the newest complete checkpoint, which another number of ranks or another plan may have written."""
+        newest = zcompile.latest_checkpoint(self.arguments.checkpoint)
+        if newest is None:
+            raise ValueError(
+                f"--resume: no checkpoint in {self.arguments.checkpoint}; train without --resume first, or set --checkpoint"
+            )
+        found = zcompile.load(self.model, self.optimizer, newest)
+        self.step, self.batches.position = found.extra["step"], found.extra["position"]
         if self.step >= self.arguments.steps:
-            raise ValueError(f"--resume: {complete[-1]} is at step {self.step}; ask for more than that with --steps")
+            raise ValueError(f"--resume: {newest} is at step {self.step}; ask for more than that with --steps")
 
 
 def mean_over_ranks(value: Tensor) -> float:
@@ -205,13 +201,14 @@ def prepare(arguments: argparse.Namespace, plan: zcompile.Plan, corpus: Corpus, 
     """A model that starts from --seed, sharded by `plan`, with its optimizer and its batches."""
     shape = shape_of(arguments)
     torch.manual_seed(arguments.seed)
-    with device:
+    with zcompile.deferred_init():  # no memory yet: the weights are made shard by shard
         plain = GPT(shape)
     model: Any = zcompile.hierarchical_zero(
         plain,
         topology=arguments.topology,
         plan=plan,
         compute_dtype=getattr(torch, arguments.dtype),
+        device=device,
         compile=not arguments.eager,
         overlap=arguments.overlap,
     )
@@ -272,7 +269,7 @@ def train(run: Run, console: Console, metrics: IO[str] | None) -> tuple[float, f
             progress.advance(task)
             first = first or time.perf_counter() - started
             if options.save_every and run.step % options.save_every == 0 and run.step < options.steps:
-                run.save()
+                run.save(asynchronous=True)  # it is written while the next steps run
             if run.step % options.report_every and run.step < options.steps:
                 continue
             mean = mean_over_ranks(loss)
@@ -435,7 +432,7 @@ def main() -> None:
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
         run = setup(arguments)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, FileNotFoundError, PermissionError, zcompile.CheckpointError) as error:
         refuse(console, rank, error)
     metrics = None
     if run.rank == 0:

@@ -5,19 +5,26 @@ __version__ = "0.1.0"
 from zcompile.api import (
     clip_grad_norm_,
     coverage,
+    export,
     feedback_state,
     full_state_dict,
     hierarchical_zero,
     ledger,
+    load,
     load_feedback_state,
+    load_pretrained,
     mark_written,
     precision,
+    save,
 )
+from zcompile.deferred import deferred_init
 from zcompile.plan import Plan, Rule
+from zcompile.storage import CheckpointError, latest_checkpoint
 from zcompile.topology import Level, Topology
 from zcompile.wire import WireFormat
 
 __all__ = [
+    "CheckpointError",
     "Level",
     "Plan",
     "Rule",
@@ -25,11 +32,17 @@ __all__ = [
     "WireFormat",
     "clip_grad_norm_",
     "coverage",
+    "deferred_init",
+    "export",
     "feedback_state",
     "full_state_dict",
     "hierarchical_zero",
+    "latest_checkpoint",
     "ledger",
+    "load",
     "load_feedback_state",
+    "load_pretrained",
     "mark_written",
     "precision",
+    "save",
 ]

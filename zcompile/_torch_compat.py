@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -38,6 +39,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import (
     allow_inflight_collective_as_graph_input_ctx,
 )  # read from torch 2.13
+from torch.distributed.checkpoint._traverse import set_element  # read from torch 2.13
 from torch.distributed.tensor import DTensor
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "number_of_groups",
     "register_group",
     "resolve_group",
+    "set_element",
     "set_group_timeout",
     "unregister_group",
     "unwaited_work",
@@ -212,6 +215,22 @@ def never_compile_alone(function: Any) -> Any:
 def wrap_local(local: Tensor, like: Any) -> DTensor:
     """A DTensor with the placements of `like` over `local`, without autograd (2.13: DTensor.__new__(local, spec, requires_grad=))."""
     return DTensor(local, like._spec, requires_grad=False)
+
+
+def init_call(function: Any) -> tuple[Callable[..., Any], dict[str, Any]] | None:
+    """(function of torch.nn.init, its arguments) if a torch function mode sees `function` as its question whether a tensor is on the meta
+    device, upon which it does nothing there (2.13: trunc_normal_, orthogonal_, dirac_ and sparse_ compute on values); else None.
+
+    To be called by the mode's `__torch_function__` itself.
+    """
+    if getattr(function, "__self__", None) is not Tensor.is_meta:
+        return None
+    frame = sys._getframe(2)
+    if frame.f_globals is not vars(torch.nn.init):
+        return None
+    code = frame.f_code
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return getattr(torch.nn.init, code.co_name), {name: frame.f_locals[name] for name in names}
 
 
 # -- Inductor (read in 2.13: torch/_inductor/compile_fx.py, custom_graph_pass.py) ---------------------------------------------------

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import covered, feedback, formats, gradients, optimizers, traffic
+from zcompile import checkpoint, covered, feedback, formats, gradients, optimizers, pretrained, traffic
 from zcompile.backend import hierarchical_zero_backend
+from zcompile.deferred import Start, deferred_init
 from zcompile.engine import Engine
 from zcompile.front import Root, install, whole_call
 from zcompile.launcher import init_from_launcher, topology_of_job
@@ -21,6 +23,7 @@ from zcompile.options import Options
 from zcompile.params import named_owners
 from zcompile.plan import Plan, ResolvedPlan
 from zcompile.runtime import Runtime
+from zcompile.storage import folder_of, together
 from zcompile.topology import Topology
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,7 +40,9 @@ def hierarchical_zero(module_or_class: None = None, **settings: Any) -> Callable
 
 
 def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str | None = None, plan: Plan | str = "zero_topo",
-                      compute_dtype: torch.dtype | None = None, compile: bool = True, **options: Any) -> Any:  # fmt: skip
+                      compute_dtype: torch.dtype | None = None, compile: bool = True, device: torch.device | str | None = None,
+                      init: Callable[[nn.Module], Any] | None = None, pretrained: str | os.PathLike[str] | None = None,
+                      **options: Any) -> Any:  # fmt: skip
     """Shard a model over the levels of the machine and compile its forward and backward with the transfers in the graph.
 
     As a decorator on an nn.Module class (bare or with arguments) every instance is wrapped when it has been constructed; called with
@@ -48,6 +53,11 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
         topology: a Topology, "frontier", "frontier:48", "2x2x2", ...; None: found from the launcher.
         plan: a Plan or the name of a preset.
         compute_dtype: dtype in which weights are gathered and inputs are cast (torch.float32 or torch.bfloat16); None: the model's own.
+        device: where a model that was built on the meta device gets its memory, shard by shard; None: the GPU if there is one, else the
+            CPU. "meta" leaves it without memory, to be traced on paper.
+        init: called with a model on the meta device to give it its values, in place of what `deferred_init` recorded or of its own
+            `init_weights()` or `reset_parameters()`.
+        pretrained: folder of safetensors files, as transformers saves them; each rank reads the rows that it owns.
         compile: False leaves the forward to eager torch, or to `torch.compile(model, backend="hierarchical_zero")`.
         options: see zcompile.options.Options.
 
@@ -65,7 +75,8 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
         )
 
     def wrap(module: nn.Module) -> nn.Module:
-        return _wrap(module, topology, plan, compute_dtype, compile, parsed)
+        with torch.device("cpu"):  # a decorated class may be called where the default device is another
+            return _wrap(module, topology, plan, compute_dtype, compile, parsed, Beginning(device, init, pretrained))
 
     if module_or_class is None:
         return lambda cls: _decorate(cls, wrap)
@@ -86,19 +97,29 @@ def _decorate(cls: Any, wrap: Callable[[nn.Module], nn.Module]) -> Any:
 
     class Constructing(type(cls)):  # type: ignore[misc]
         def __call__(klass, *args: Any, **kwargs: Any) -> Any:
-            module = super().__call__(*args, **kwargs)
+            meta = torch.get_default_device().type == "meta"
+            with deferred_init() if meta else contextlib.nullcontext():
+                module = super().__call__(*args, **kwargs)
             return module if isinstance(module, Root) else wrap(module)
 
     names = {"__qualname__": cls.__qualname__, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return Constructing(cls.__name__, (cls,), names)
 
 
+class Beginning(NamedTuple):
+    """Where the weights come from, beside the model itself: arguments of hierarchical_zero."""
+
+    device: torch.device | str | None
+    init: Callable[[nn.Module], Any] | None
+    pretrained: str | os.PathLike[str] | None
+
+
 def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute_dtype: torch.dtype | None, compile: bool,
-          options: Options) -> nn.Module:  # fmt: skip
+          options: Options, beginning: Beginning) -> nn.Module:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TypeError(f"hierarchical_zero wraps an nn.Module, not {type(model).__name__}")
     compute = _check_model(model, compute_dtype)
-    device = next(model.parameters()).device
+    device, start = _start(model, beginning)
     init_from_launcher(device)
     world = dist.get_world_size()
     found = topology_of_job(topology, device, world)
@@ -111,11 +132,22 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
     main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")
     resolved = plan.resolve(found, main, _chip(device))
     _agree(runtime, model, resolved, compute, options)
-    if device.type != "meta":
-        _same_start(runtime, model, options)
+    source = None if beginning.pretrained is None else folder_of(beginning.pretrained)
+    files: pretrained.Files | None = None
+    if source is not None:
+        files = together(runtime, lambda: pretrained.Files(model, source), f"{source} cannot be loaded")
+    given = files.given(model) if files else set()
+    if start is not None:
+        start.check(given)
+    elif device.type != "meta" and files is None:
+        _same_start(runtime, list(_sums(model, options)))
     _say_what_moved(runtime, resolved)
-    engine = Engine(model, resolved, runtime, compute, compute_dtype, options)
+    engine = Engine(model, resolved, runtime, compute, compute_dtype, options, device)
+    if start is not None:
+        _materialise(engine, start, given)
     install(model, engine)
+    if files is not None:
+        together(engine.runtime, lambda: pretrained.load(model, engine, files), f"{files.folder} cannot be loaded")
     optimizers.guard()
     gradients.guard()
     if compile:
@@ -189,17 +221,62 @@ def _agree(runtime: Runtime, model: nn.Module, plan: Any, compute: dict[str, tor
     })  # fmt: skip
 
 
-def _same_start(runtime: Runtime, model: nn.Module, options: Options) -> None:
+def _start(model: nn.Module, beginning: Beginning) -> tuple[torch.device, Start | None]:
+    """The device of the masters; and how a model on the meta device gets its values, unless it stays there."""
+    found = next(model.parameters()).device
+    asked = None if beginning.device is None else torch.device(beginning.device)
+    if found.type != "meta":
+        if asked is not None and asked != found:
+            raise ValueError(
+                f"device={str(asked)!r}: the model is on {found}; move it there before wrapping (device= is for the meta device)"
+            )
+        if beginning.init is not None:
+            raise ValueError("init=: the model has its values already (init= is for a model on the meta device)")
+        lost = next((name for name, buffer in model.named_buffers() if buffer.is_meta), None)
+        if lost is not None:
+            raise ValueError(
+                f"buffer {lost!r} is on the meta device, the parameters are on {found}: build all of the model on one"
+            )
+        return found, None
+    if asked is not None and asked.type == "meta":
+        return asked, None
+    on_gpu = torch.cuda.is_available()
+    device = asked or (torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
+    return device, Start(model, beginning.init)
+
+
+def _materialise(engine: Engine, start: Start, given: set[str]) -> None:
+    """Give the masters their values, one whole parameter at a time; all ranks make the same."""
+    slots = {slot.name: slot for slot in engine.slots}
+    alone = engine.runtime.topology.world_size == 1
+    sums: list[tuple[str, int]] = []
+
+    def give(name: str, whole: Tensor) -> None:
+        if engine.options.sync_init and not alone:
+            dist.broadcast(whole, 0)
+        with torch.no_grad():
+            slots[name].shard.copy_(slots[name].own_rows(whole, engine.coordinates))
+        sums.append((name, _sum(whole)))
+
+    start.run(engine.device, give, given)
+    engine.start_peak = start.recording.peak
+    if not engine.options.sync_init:
+        _same_start(engine.runtime, sums)
+
+
+def _sums(model: nn.Module, options: Options) -> Iterator[tuple[str, int]]:
+    """(name, checksum) of every parameter, after rank 0's was taken if that is asked for."""
+    for parameter, names in named_owners(model).items():
+        if options.sync_init and dist.get_world_size() > 1:
+            dist.broadcast(parameter.data, 0)
+        yield names[0][0], _sum(parameter)
+
+
+def _same_start(runtime: Runtime, sums: Sequence[tuple[str, int]]) -> None:
     """Ranks that start from different weights would train a model that nobody initialised."""
     if runtime.topology.world_size == 1:
         return
-    if options.sync_init:
-        for parameter in model.parameters():
-            dist.broadcast(parameter.data, 0)
-        return
-    sums = [(names[0][0], int(_bits(p).sum())) for p, names in named_owners(model).items()]
-    words = [total % (1 << 62) for _, total in sums]
-    rows = runtime.agreement.exchange(words)
+    rows = runtime.agreement.exchange([total % (1 << 62) for _, total in sums])
     for rank, row in enumerate(rows):
         for (name, _), mine, theirs in zip(sums, rows[0], row, strict=True):
             if mine != theirs:
@@ -209,35 +286,89 @@ def _same_start(runtime: Runtime, model: nn.Module, options: Options) -> None:
                 )
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    plain = tensor.detach().contiguous().reshape(-1)
-    return plain.view(torch.int32 if plain.dtype == torch.float32 else torch.int16).to(torch.int64)
+def _sum(tensor: Tensor) -> int:
+    """Of the bits, eight bytes at a time and without a copy of them."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    words = data.numel() // 8 * 8
+    return int(data[:words].view(torch.int64).sum()) + int(data[words:].sum())
+
+
+def _inner(model: Any) -> Any:
+    """The model itself, without what torch.compile put around it."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _engine(model: Any, caller: str) -> Engine:
-    inner = getattr(model, "_orig_mod", model)
+    inner = _inner(model)
     if not isinstance(inner, Root):
         raise TypeError(f"zcompile.{caller}: {type(model).__name__} was not wrapped by hierarchical_zero")
     return inner.zero
 
 
-def full_state_dict(model: nn.Module) -> dict[str, Any]:
-    """Plain tensors, names and shapes as the plain model's, fp32 as the masters; copies, on every rank. Every rank calls it."""
+def full_state_dict(model: nn.Module, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Any]:
+    """Plain tensors, names and shapes as the plain model's, fp32 as the masters; copies. Every rank calls it.
+
+    Args:
+        rank0_only: {} on the other ranks, which hold one whole parameter at a time.
+        cpu_offload: each parameter goes to the CPU when it is whole, so that the device holds one at a time.
+    """
     engine = _engine(model, "full_state_dict")
     slots = {name: slot for slot in engine.slots for name in slot.names}
     wholes: dict[str, Tensor] = {}
     out: dict[str, Any] = {}
-    for name, value in getattr(model, "_orig_mod", model).state_dict().items():
-        if isinstance(value, DTensor) and name in slots:
-            slot = slots[name]
-            if slot.name not in wholes:
-                wholes[slot.name] = engine.whole_master(slot)
-            out[name] = wholes[slot.name]
-        elif isinstance(value, Tensor):
-            out[name] = (value.full_tensor() if isinstance(value, DTensor) else value.detach()).clone()
+
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor.to("cpu") if cpu_offload else tensor
+
+    dropped = rank0_only and engine.runtime.rank != 0
+    for name, value in _inner(model).state_dict().items():
+        slot = slots.get(name) if isinstance(value, DTensor) else None
+        if slot is None:
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            out[name] = kept(whole.detach()).clone() if isinstance(whole, Tensor) else whole
+        elif slot.name == name or slot.name not in wholes:
+            whole = engine.whole_master(slot)
+            wholes[slot.name] = out[name] = whole.new_empty(0) if dropped else kept(whole)
         else:
-            out[name] = value
-    return out
+            out[name] = wholes[slot.name]
+    return {} if dropped else out
+
+
+def export(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    file_bytes: int = 5_000_000_000,
+) -> None:
+    """Write the weights into a new `folder` of safetensors files that transformers' `from_pretrained` loads, with the model's config beside
+    them if it has one. Every rank calls it; rank 0 writes, and holds one file's tensors at a time.
+
+    Args:
+        dtype: of the floating point tensors in the files; None: fp32, as the masters.
+        file_bytes: how large a file may grow, unless one tensor is larger.
+
+    Raises:
+        CheckpointError: on every rank alike: the folder exists, or cannot be written.
+    """
+    if isinstance(file_bytes, bool) or not isinstance(file_bytes, int) or file_bytes < 1:
+        raise ValueError(f"file_bytes={file_bytes!r}: must be a number of bytes")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r}: must be a floating point torch.dtype, or None for fp32")
+    pretrained.export(_inner(model), _engine(model, "export"), folder_of(folder), dtype, file_bytes)
+
+
+def load_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Fill the weights from a folder of safetensors files, as transformers saves them; every rank calls it and reads the rows it owns.
+
+    Raises:
+        CheckpointError: on every rank alike: no safetensors there, a name or a shape that does not fit, a file that cannot be read.
+    """
+    engine = _engine(model, "load_pretrained")
+    files = together(engine.runtime, lambda: pretrained.Files(_inner(model), folder), f"{folder} cannot be loaded")
+    together(engine.runtime, lambda: pretrained.load(_inner(model), engine, files), f"{folder} cannot be loaded")
 
 
 def ledger(model: nn.Module) -> dict[str, Any]:
@@ -297,17 +428,75 @@ def feedback_state(model: nn.Module) -> dict[str, dict[str, DTensor]]:
 
     {topology key: {"parameter.reduce" or "parameter.sync": DTensor [ranks, elements] fp32}}; the tensors are the state itself.
     """
-    return feedback.feedback_state(model, _engine(model, "feedback_state"))
+    return feedback.feedback_state(_engine(model, "feedback_state"))
 
 
-def load_feedback_state(model: nn.Module, checkpoint: str | os.PathLike[str], prefix: str = "feedback") -> bool:
+def load_feedback_state(model: nn.Module, folder: str | os.PathLike[str], prefix: str = "feedback") -> bool:
     """Bring back what `feedback_state` saved under `prefix` in a checkpoint folder; every rank calls it.
 
     Returns:
         False if the checkpoint holds none for this topology and plan (it was saved on another world, say): the state then begins at
         zero, and rank 0 says so.
     """
-    return feedback.load(model, _engine(model, "load_feedback_state"), checkpoint, prefix)
+    engine = _engine(model, "load_feedback_state")
+    lost = feedback.load(engine, folder_of(folder), prefix)
+    if lost and engine.runtime.rank == 0:
+        print(f"zcompile: {lost}", file=sys.stderr, flush=True)
+    return bool(feedback.feedback_state(engine)) and not lost
+
+
+def save(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+    folder: str | os.PathLike[str],
+    extra: Mapping[str, Any] | None = None,
+    *,
+    own: Mapping[str, Any] | None = None,
+    asynchronous: bool = False,
+) -> checkpoint.Saving | None:
+    """Save a run into a new `folder`, in the format of torch.distributed.checkpoint; every rank calls it, at any point between two calls
+    of the model.
+
+    The folder appears when all of it has been written, and never replaces another. Beside weights and optimizers it holds what an exact
+    resume needs: gradients and micro-batches that wait for a step, error feedback, the images of a delta refresh, and every rank's random
+    states (torch, Python, NumPy).
+
+    Args:
+        optimizer: one, several, or None.
+        extra: yours, the same on every rank (step, position in the data, a scheduler's state): numbers, text, containers, tensors.
+        own: yours, of this rank alone (a data loader's state); it comes back on as many ranks.
+        asynchronous: copy now, write in the background; `wait()` of what is returned raises what went wrong. One at a time: the next save
+            or load waits for it. Wait before the process group is destroyed.
+
+    Raises:
+        CheckpointError: on every rank alike, with the rank and the file: the disk is full, the folder exists. What was written is removed.
+    """
+    return checkpoint.save(_inner(model), _engine(model, "save"), optimizer, folder, extra, own, asynchronous)
+
+
+def load(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
+    folder: str | os.PathLike[str],
+    *,
+    drop_window: bool = False,
+) -> checkpoint.Loaded:
+    """Bring back what `save` saved, on any world, topology and plan; every rank calls it.
+
+    Weights and moments are those that were saved, to the bit, on any number of ranks. What belongs to ranks (random states, error
+    feedback, the images of a delta refresh) comes back where they are the same; where not, `notices` of the result say what begins anew.
+    A folder that torch.distributed.checkpoint or FSDP2 wrote as {"model": ..., "optimizer": ...} loads too. No pickle of more than numbers,
+    text, containers and tensors is loaded.
+
+    Args:
+        optimizer: made as the saved one was; None takes the weights alone.
+        drop_window: lose the micro-batches of a checkpoint that was saved between two of them, rather than refuse it on another plan.
+
+    Raises:
+        CheckpointError: on every rank alike, naming what is missing, short, damaged, strange or of another shape. If it is raised while
+            shards are read, the model holds a mixture: load again, or end.
+    """
+    return checkpoint.load(_inner(model), _engine(model, "load"), optimizer, folder, drop_window)
 
 
 def mark_written(model: nn.Module) -> None:

@@ -27,6 +27,10 @@ COMMANDS = {
         "zcompile.bench.command",
         "train with zcompile's plans, FSDP2, HSDP, DDP and DeepSpeed side by side: step time, bytes, memory, loss; who is faster",
     ),
+    "soak": (
+        "zcompile.soak",
+        "start a short job again and again, each time from its last checkpoint: all pass, and the bits are those of a run without a stop",
+    ),
     "kernels": (
         "zcompile.kernels_command",
         "compile every kernel for every architecture, without a GPU: registers, spills, widths, and what arithmetic allows",

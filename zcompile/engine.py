@@ -94,7 +94,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, plan: ResolvedPlan, runtime: Runtime, compute: dict[str, torch.dtype],
-                 cast_inputs: torch.dtype | None, options: Any):  # fmt: skip
+                 cast_inputs: torch.dtype | None, options: Any, device: torch.device):  # fmt: skip
         global _count
         _count += 1
         self.key = f"zc{_count}"
@@ -103,10 +103,10 @@ class Engine:
         self.runtime = runtime
         self.options = options
         self.cast_inputs = cast_inputs
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = device
         self.coordinates = tuple(runtime.coordinates)
         mesh = runtime.mesh(self.device.type if self.device.type != "meta" else "cpu")
-        self.units, self.slots = build(model, plan, mesh, self.coordinates, self.key, compute)
+        self.units, self.slots = build(model, plan, mesh, self.coordinates, self.key, compute, device)
         peers.share(self.units, runtime, self.device)
         for slot in self.slots:
             if slot.master.requires_grad:
@@ -125,6 +125,10 @@ class Engine:
         self.backward: _Call | None = None
         """The call whose backward is running."""
         self.programs: list[Any] = []
+        self.start_peak = 0
+        """Bytes of whole tensors that were alive at once while a model from the meta device got its values."""
+        self.saving: Any = None
+        """A checkpoint that is being written in the background: zcompile.checkpoint."""
         self._checksums: dict[Unit, Tensor] = {}
         self.losses: list[Tensor] = []
         """What training forwards returned since the last step, where it was one number."""

@@ -7,32 +7,27 @@ another world, or on another shape of it, nobody is left whom the rows belong to
 
 from __future__ import annotations
 
-import os
-import sys
+from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from zcompile.engine import Engine
+from zcompile.resume import rows
+from zcompile.storage import LoadPlanner, Reader, read_index
 
 
-def feedback_state(model: nn.Module, engine: Engine) -> dict[str, dict[str, DTensor]]:
+def feedback_state(engine: Engine) -> dict[str, dict[str, DTensor]]:
     """{topology key: {"parameter.reduce" or "parameter.sync": DTensor [ranks, elements] fp32}}: views of the state, to save or to load
     in place; {} without error feedback."""
-    runtime = engine.runtime
-    mesh = runtime.mesh(engine.device.type)
-    rows = {
-        f"{slot.name}.{transfer}": DTensor.from_local(
-            error.view(1, -1), mesh, [Shard(0)] * mesh.ndim, run_check=False,
-            shape=torch.Size((runtime.topology.world_size, error.numel())), stride=(error.numel(), 1),
-        )
+    found = {
+        f"{slot.name}.{transfer}": rows(engine, error)
         for slot in engine.slots
         for transfer, error in slot.errors.items()
-    }  # fmt: skip
-    return {runtime.topology.key: rows} if rows else {}
+    }
+    return {engine.runtime.topology.key: found} if found else {}
 
 
 def reset(engine: Engine) -> None:
@@ -42,27 +37,29 @@ def reset(engine: Engine) -> None:
             error.zero_()
 
 
-def load(model: nn.Module, engine: Engine, checkpoint: str | os.PathLike[str], prefix: str) -> bool:
-    """Fill the state from a checkpoint in which it was saved under `prefix`; every rank calls it. False: it was reset, with a notice."""
-    state = {prefix: feedback_state(model, engine)}
+def load(engine: Engine, checkpoint: Path, prefix: str) -> str:
+    """Fill the state from a checkpoint in which it was saved under `prefix`; every rank calls it.
+
+    Returns:
+        "", or why it was reset to zero instead.
+    """
+    state = {prefix: feedback_state(engine)}
     if not state[prefix]:
-        return False
-    saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        return ""
+    saved = read_index(checkpoint).state_dict_metadata
     wanted = {f"{prefix}.{key}.{name}": row for key, rows in state[prefix].items() for name, row in rows.items()}
     odd = next((name for name, row in wanted.items() if not _holds(saved.get(name), row)), None)
     if odd is None:
-        dcp.load(state, checkpoint_id=checkpoint)
-        return True
+        group = engine.runtime.agreement.group
+        dcp.load(state, storage_reader=Reader(checkpoint), planner=LoadPlanner(), process_group=group)
+        return ""
     reset(engine)
-    if engine.runtime.rank == 0:
-        others = {name.removeprefix(f"{prefix}.").split(".")[0] for name in saved if name.startswith(f"{prefix}.")}
-        found = f"has it for {', '.join(sorted(others))}" if others else "has none"
-        print(
-            f"zcompile: error feedback begins at zero: {os.fspath(checkpoint)} {found}, not for topology "
-            f"{engine.runtime.topology.key} and this plan (first missing: {odd})",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-    return False
+    others = {name.removeprefix(f"{prefix}.").split(".")[0] for name in saved if name.startswith(f"{prefix}.")}
+    found = f"has it for {', '.join(sorted(others))}" if others else "has none"
+    return (
+        f"error feedback begins at zero: {checkpoint} {found}, not for topology {engine.runtime.topology.key} and this plan "
+        f"(first missing: {odd})"
+    )
 
 
 def _holds(saved: Any, row: Tensor) -> bool:

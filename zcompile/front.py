@@ -16,8 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from zcompile._torch_compat import keep_out_of_graphs, never_compile_alone, outer_backend
+from zcompile._torch_compat import keep_out_of_graphs, never_compile_alone, outer_backend, wrap_local
 from zcompile.eager import read, read_again
 from zcompile.engine import READING, Engine, recomputing
 from zcompile.ops import ACCUMULATE, NONE
@@ -160,8 +161,21 @@ def install(model: nn.Module, engine: Engine) -> None:
         if module is not model:
             module.__class__ = _subclass(cast(Any, type(module)), tuple(slots), False)
         module.register_load_state_dict_pre_hook(functools.partial(_accept_plain, engine))
+        module.register_state_dict_post_hook(_count_writes)
     object.__setattr__(model, "_zc_engine", engine)
     model.__class__ = _subclass(cast(Any, type(model)), tuple(by_module.get(model, {})), True)
+
+
+def _count_writes(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """After a module's `state_dict`: what is written into it counts as written to the masters (dcp.load fills it in place).
+
+    `param.detach()`, which torch puts there, has a local tensor with a version counter of its own (measured on 2.13).
+    """
+    slots: dict[str, Slot] = vars(module)["_zc_slots"]
+    for attribute, slot in slots.items():
+        value = state.get(prefix + attribute)
+        if isinstance(value, DTensor) and not isinstance(value, nn.Parameter):
+            state[prefix + attribute] = wrap_local(slot.shard, slot.master)
 
 
 def _accept_plain(engine: Engine, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -84,7 +84,7 @@ class Options:
     def _with(self, given: Mapping[str, Any]) -> Options:
         known = [field.name for field in fields(self)]
         for key in given:
-            if key in ("plan", "topology", "compute_dtype", "compile"):
+            if key in ("plan", "topology", "compute_dtype", "compile", "device", "init", "pretrained"):
                 raise ValueError(
                     f"option {key!r}: belongs to hierarchical_zero(model, {key}=...); it is fixed when the model is wrapped"
                 )

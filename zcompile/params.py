@@ -73,6 +73,11 @@ class Slot:
         length = rows * layout.row
         return (padded if length == layout.shard else padded.narrow(0, 0, length)).view(shape)
 
+    def own_rows(self, whole: Tensor, coordinates: tuple[int, ...]) -> Tensor:
+        """The rows that this rank owns of the whole parameter: a view."""
+        start, rows = self.spec.layout.local_rows(coordinates)
+        return whole.narrow(0, start, rows) if self.spec.layout.shape else whole
+
 
 @dataclass(eq=False)
 class Unit:
@@ -220,11 +225,12 @@ def _group(
 
 
 def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: tuple[int, ...], engine: str,
-          compute: dict[str, torch.dtype]) -> tuple[list[Unit], list[Slot]]:  # fmt: skip
+          compute: dict[str, torch.dtype], device: torch.device) -> tuple[list[Unit], list[Slot]]:  # fmt: skip
     """Shard every parameter of `model` in place: its Parameter becomes a DTensor master under the same name.
 
     Args:
         compute: name -> dtype in which a forward sees the parameter.
+        device: of the masters. Those of parameters on the meta device begin at zero: see zcompile.deferred.
 
     Returns:
         units and slots in registration order. The plain parameters are emptied, so that a forgotten reference fails loudly.
@@ -235,7 +241,7 @@ def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: t
     for number, run in enumerate(list(_group(model, plan, compute))):
         unit_name = f"u{number}"
         specs = side_by_side([ParamSpec(**fields, unit=unit_name, offset=0, unit_shard=0) for _, fields in run])
-        first, device = specs[0], run[0][0].device
+        first = specs[0]
         for spec in specs:
             spec.feedback_widths()  # raises where error feedback cannot be had
         master = torch.zeros(first.unit_shard, dtype=MASTER, device=device)
@@ -272,9 +278,8 @@ def _slot(
     slot = Slot(engine, spec, [spec.name], unit, plain, spec.text)
     local = slot.local(padded, coordinates)
     with torch.no_grad():
-        start, rows = layout.local_rows(coordinates)
-        source = plain.detach()
-        local.copy_(source.narrow(0, start, rows) if layout.shape else source)
+        if local.is_meta or not plain.is_meta:
+            local.copy_(slot.own_rows(plain.detach(), coordinates))
         local = at_start(local)
         stride = torch.empty(layout.shape, device="meta").stride()
         master = DTensor.from_local(
@@ -314,7 +319,4 @@ def _keep_marks(plain: nn.Parameter, master: nn.Parameter) -> None:
 
 def wrap_plain(slot: Slot, value: Tensor, coordinates: tuple[int, ...]) -> DTensor:
     """A plain tensor of the parameter's shape -> a DTensor like the master, from the rows that this rank owns."""
-    layout = slot.spec.layout
-    start, rows = layout.local_rows(coordinates)
-    local = (value.narrow(0, start, rows) if layout.shape else value).to(slot.unit.master.device)
-    return wrap_local(local, slot.master)
+    return wrap_local(slot.own_rows(value, coordinates).to(slot.unit.master.device), slot.master)

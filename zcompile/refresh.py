@@ -20,12 +20,14 @@ import os
 import queue
 import threading
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from zcompile import transfers
-from zcompile._torch_compat import register_future
+from zcompile._torch_compat import all_gather, register_future
 from zcompile.params import Unit
 from zcompile.wire import COMPUTE_FORMATS, WireFormat
 
@@ -67,8 +69,28 @@ def run_hops(unit: Unit, full: bool = True) -> Iterator[int]:
         transfers.kernels.apply_delta(image, x, geometry.text, have.code.text)
     else:
         image.view(-1).copy_(x)
-    if unit.coded:  # a copy of codes: made from the image here, once, not in every gather
-        unit.copy.copy_(transfers.convert(image.view(-1), native, first.stored, geometry))
+    copy_from_image(unit)
+
+
+def copy_from_image(unit: Unit) -> None:
+    """A copy of codes is made from the image here, once, not in every gather; any other copy is the image."""
+    if unit.coded:
+        assert unit.image is not None
+        native = WireFormat.parse(COMPUTE_FORMATS[unit.first.compute])
+        geometry = transfers.flat_geometry(len(unit.image), unit.specs)
+        unit.copy.copy_(transfers.convert(unit.image.view(-1), native, unit.first.stored, geometry))
+
+
+def spread_image(unit: Unit) -> None:
+    """Every holder's image from the owners' own rows, as they came from a checkpoint. Not a transfer of a step: not counted."""
+    assert unit.image is not None
+    mesh: Any = cast(DTensor, unit.slots[0].master).device_mesh
+    x = unit.image[unit.row].clone()
+    for level in unit.refresh_hops():
+        out = x.new_empty(unit.first.sizes[level - 1] * x.numel())
+        all_gather(out, x, mesh.get_group(level - 1)).wait()
+        x = out
+    unit.image.view(-1).copy_(x)
 
 
 def stages(unit: Unit) -> list[int]:

@@ -101,6 +101,7 @@ class Runtime:
         everybody = list(range(topology.world_size))
         gloo = None if self._alone else communicators.get("", everybody, "world", "agreement", backend="gloo")
         self.agreement = Agreement(gloo, self.rank, topology.world_size, timeout)
+        self._groups = communicators
         for name, role in self._roles.items():
             compat.register_group(name, role)
 
@@ -159,6 +160,14 @@ class Runtime:
         """What a gather that reads other ranks' memory over `level` (1..m) tells: bytes, for the counters."""
         name = self.topology.names[level - 1]
         return lambda received: self._tally.add((name, "gather", "peer_read"), received)
+
+    def background(self) -> dist.ProcessGroup | None:
+        """A group of all ranks for a thread that works beside training (gloo), made on the first call, by all ranks alike; None where
+        there is nobody else."""
+        if self._alone:
+            return None
+        everybody = list(range(self.topology.world_size))
+        return self._groups.get("", everybody, "world", "background", backend="gloo")
 
     @property
     def counters(self) -> Counters:

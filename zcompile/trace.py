@@ -57,7 +57,13 @@ def trace(
         with torch.device("meta"):
             module = Decoder(shape)
         wrapped: Any = hierarchical_zero(
-            module, topology=levels, plan=plan, compute_dtype=compute_dtype, codegen=False, fullgraph=True
+            module,
+            topology=levels,
+            plan=plan,
+            compute_dtype=compute_dtype,
+            codegen=False,
+            fullgraph=True,
+            device="meta",
         )
         wrapped_at = time.perf_counter()
         tokens = torch.zeros(micro_batch, length + 1, dtype=torch.int64, device="meta")

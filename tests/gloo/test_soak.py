@@ -1,0 +1,95 @@
+"""F38: restarts in a row, as a command with a JSON result."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zcompile import cli, soak
+
+
+def run(*arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "zcompile.cli", "soak", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def test_restarts_end_with_the_bits_of_a_run_without_a_stop(tmp_path: Path) -> None:
+    found = run(
+        "--restarts",
+        "3",
+        "--topology",
+        "2",
+        "--eager",
+        "--folder",
+        str(tmp_path / "soak"),
+        "--json",
+        str(tmp_path / "result"),
+    )
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    result = json.loads((tmp_path / "result").read_text())
+    assert result["ok"] and result["same_bits"] and result["passed"] == 3 and result["failures"] == []
+    assert result["last"]["step"] == 6 and result["uninterrupted"] == result["last"]
+    assert sorted(path.name for path in (tmp_path / "soak").iterdir()) == ["step-000004", "step-000006"]
+    assert "3 of 3" in found.stdout and "the same bits" in found.stdout
+
+
+def test_a_failed_start_and_a_lost_state_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One start fails, and the run goes on from the checkpoint before; what is not restored shows in the bits."""
+    steps = iter([2, RuntimeError("node 3 is gone"), 4])
+
+    def job(*arguments: Any, **keywords: Any) -> Any:
+        step = 6 if keywords["timeout"] > 300 else next(steps)
+        if isinstance(step, Exception):
+            raise step
+        return [{"step": step, "loss": 1.0, "weights": "ab"}]
+
+    monkeypatch.setattr(soak.ranks, "run", job)
+    code = cli.main(["soak", "--restarts", "3", "--json", str(tmp_path / "result")])
+    result = json.loads((tmp_path / "result").read_text())
+    assert code == 1 and not result["ok"] and not result["same_bits"] and result["passed"] == 2
+    assert result["failures"] == [{"restart": 1, "error": "RuntimeError: node 3 is gone"}]
+
+
+def test_a_command_of_the_users_own(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    script = f"open({str(count)!r}, 'a').write('x'); import sys; print('start'); sys.exit(len(open({str(count)!r}).read()) == 2)"
+    code = cli.main(["soak", "--restarts", "3", "--json", str(tmp_path / "r"), "--", sys.executable, "-c", script])
+    result = json.loads((tmp_path / "r").read_text())
+    assert code == 1 and result["passed"] == 2 and result["failures"][0]["restart"] == 1
+    assert result["failures"][0]["error"] == "RuntimeError: exit code 1\nstart\n"
+    late = ["soak", "--restarts", "1", "--timeout", "0.2", "--json", str(tmp_path / "r"), "--", "sleep", "60"]
+    assert cli.main(late) == 1
+    assert "none after 0.2 s" in json.loads((tmp_path / "r").read_text())["failures"][0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--restarts", "0"], "must be positive"),
+        (["--timeout", "0"], "must be positive"),
+        (["--plan", "zero9"], "zero9"),
+        (["--topology", "2xx2"], "2xx2"),
+        (["--folder", "/"], "is not empty"),
+        (["--", "no-such-program"], "no such command"),
+    ],
+)
+def test_bad_arguments_start_nothing(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["soak", *arguments]) == 2
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_restarts_with_a_compiler() -> None:
+    found = run("--restarts", "2", "--topology", "2", "--json", "-")
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    assert json.loads(found.stdout)["same_bits"]
