@@ -10,11 +10,15 @@ from zcompile.api import (
     load_feedback_state,
     mark_written,
 )
+from zcompile.faults.checksums import ChecksumError
+from zcompile.faults.verdict import FaultError
 from zcompile.plan import Plan, Rule
 from zcompile.topology import Level, Topology
 from zcompile.wire import WireFormat
 
 __all__ = [
+    "ChecksumError",
+    "FaultError",
     "Level",
     "Plan",
     "Rule",

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import feedback, optimizers, traffic
+from zcompile import code_cache, feedback, optimizers, traffic
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.engine import Engine
 from zcompile.front import Root, install, whole_call
@@ -99,7 +99,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
         raise TypeError(f"hierarchical_zero wraps an nn.Module, not {type(model).__name__}")
     compute = _check_model(model, compute_dtype)
     device = next(model.parameters()).device
-    init_from_launcher(device)
+    init_from_launcher(device, timeout=options.timeout)
     world = dist.get_world_size()
     found = topology_of_job(topology, device, world)
     found.check_world(world)
@@ -107,7 +107,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
         raise ValueError(
             f"topology {found.key}: levels beyond the world (`site`) need an outer strategy, which this version has not"
         )
-    runtime = Runtime.get(found, timeout=options.timeout)
+    runtime = Runtime.get(found, timeout=options.timeout, collective_timeout=options.timeout)
     main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")
     resolved = plan.resolve(found, main, _chip(device))
     _agree(runtime, model, resolved, compute, options)
@@ -117,6 +117,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
     engine = Engine(model, resolved, runtime, compute, compute_dtype, options)
     install(model, engine)
     optimizers.guard()
+    code_cache.keep_writable()
     if compile:
         engine.compiled = torch.compile(
             whole_call(model), backend=hierarchical_zero_backend, fullgraph=options.fullgraph, dynamic=options.dynamic

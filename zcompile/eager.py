@@ -12,6 +12,8 @@ are frames that Dynamo tries next. The transfers here are none of the model's co
 from __future__ import annotations
 
 import contextlib
+import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from zcompile import transfers
+from zcompile.faults.sites import Parameters, about, users_line
 from zcompile.ops import ACCUMULATE, compensated, finish, needs_wait
 from zcompile.params import Slot
 
@@ -54,7 +57,8 @@ def whole(slot: Slot, call: Any) -> Tensor:
     if needs_wait(spec):
         copy = torch.ops._c10d_functional.wait_tensor(copy)
     call.engine.traffic.op("gather", spec)
-    out = transfers.gather(copy, [spec])[0]
+    with about(Parameters((slot.name,), slot.source, "eager code")):
+        out = transfers.gather(copy, [spec])[0]
     storage = out.untyped_storage()
     if storage._cdata != copy.untyped_storage()._cdata:
         call.wholes[storage._cdata] = (StorageWeakRef(storage), slot)
@@ -69,6 +73,8 @@ def read(slot: Slot) -> Tensor:
     engine = current_engine()
     assert engine is not None and engine.call is not None
     call = engine.call
+    if not slot.source:
+        slot.source = users_line(traceback.walk_stack(sys._getframe()))
     leaf = slot.token if call.phase == ACCUMULATE else slot.leaf
     assert leaf is not None
     if not (leaf.requires_grad and torch.is_grad_enabled()):
@@ -94,10 +100,11 @@ def _settle(call: Any, reads: _Reads) -> Tensor | None:
     reads.total, reads.open = None, reads.count
     spec, traffic = slot.spec, call.engine.traffic
     traffic.op("reduce", spec)
-    reduced = transfers.reduce([compensated(grad, slot.errors, spec, "reduce")], [spec])
-    if call.phase != ACCUMULATE:
-        traffic.op("sync", spec)
-    return finish(reads.main, slot.errors, reduced, spec.text, call.phase)
+    with about(Parameters((slot.name,), slot.source, "a backward")):
+        reduced = transfers.reduce([compensated(grad, slot.errors, spec, "reduce")], [spec])
+        if call.phase != ACCUMULATE:
+            traffic.op("sync", spec)
+        return finish(reads.main, slot.errors, reduced, spec.text, call.phase)
 
 
 class _Saved:

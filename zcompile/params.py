@@ -51,6 +51,8 @@ class Slot:
     errors: dict[str, Tensor] = field(default_factory=dict)
     """State of the error feedback by transfer ("reduce", "sync"): zcompile.feedback."""
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+    source: str = ""
+    """The user's line that reads it, for errors; "" until it is known."""
 
     @property
     def name(self) -> str:
