@@ -86,11 +86,11 @@ class Verdict:
     def report(self) -> str:
         """For people: what to read first comes first."""
         t = self.trouble
-        limit = f" of at most {t.limit:g} s" if t.limit else ""
+        waited = f", which waited {t.waited:.1f} s of at most {t.limit:g} s" if t.transfer and t.limit else ""
         lines = [
             f"zcompile: {_ranks(self.ranks)} {self.reason}",
             f"  missed in  {t.site}",
-            f"  by         rank {t.rank}, which waited {t.waited:.1f} s{limit}",
+            f"  by         rank {t.rank}{waited}",
             *(f"  {line}" for line in self.details),
         ]
         if t.error:
@@ -177,7 +177,7 @@ def _earliest(trouble: Trouble, blamed: Sequence[int], records: Mapping[int, Rec
 
 def _same(record: Record, trouble: Trouble) -> bool:
     """Whether a rank waits where the trouble was noticed."""
-    return any(tuple(wait["key"]) == tuple(trouble.key) for wait in record["waits"])
+    return any(tuple(wait["key"]) == trouble.key for wait in record["waits"])
 
 
 def _last(records: Mapping[int, Record], rank: int, now: float) -> list[str]:
@@ -199,6 +199,7 @@ def _others(records: Mapping[int, Record], blamed: Sequence[int]) -> tuple[str, 
             continue
         waits = [wait["site"] for wait in record["waits"][:2]]
         doing = f"waiting in {' and '.join(waits)}" if waits else f"at {record['line'] or 'no line of yours'}"
+        doing = "ended" if record.get("final") else doing
         groups.setdefault(doing, []).append(rank)
     lines = [f"{_ranks(ranks)}: {doing}" for doing, ranks in groups.items()]
     return tuple(lines[:_AT_MOST] + ([f"and {len(lines) - _AT_MOST} more"] if len(lines) > _AT_MOST else []))

@@ -181,7 +181,7 @@ class Watch:
         board = self._board.again()
         ranks = range(self.world) if ranks is None else ranks
         before = board.records(ranks)
-        time.sleep(2.5 * self.tick)
+        time.sleep(1.5 * self.tick)
         return {
             rank: (record, rank not in before or record["beat"] != before[rank]["beat"])
             for rank, record in board.records(ranks).items()
@@ -369,7 +369,8 @@ class Watch:
                 signal.alarm(EXIT)
             if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in CONSEQUENCES):
                 if not _is_verdict(error):
-                    self.lost(self._elsewhere(error), error)
+                    closed = () if "timed out" in str(error).lower() else self._closed_in_default_group()
+                    self.lost(self._elsewhere(error), error, missing=closed, closed=closed)
                 state = "fault"
             if _is_verdict(error) or self.verdict is not None:
                 state = "fault"
@@ -385,6 +386,12 @@ class Watch:
         self._closed = True
         self._wake.set()
         self._thread.join(1)  # a thread that is in a call of torch's when Python ends would abort the process
+
+    def _closed_in_default_group(self) -> Sequence[int]:
+        try:
+            return closed_members(compat.default_group(), range(self.world))
+        except (RuntimeError, ValueError):  # it is gone, or its backend is one that has no such question
+            return ()
 
     def _look_behind(self) -> None:
         """This rank has ended, and waits so that the others may do so too: the board is in its process, or nobody sees a connection
