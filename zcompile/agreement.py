@@ -166,10 +166,11 @@ class Agreement:
         with contextlib.nullcontext() if self.watch is None else self.watch.waiting(site):
             try:
                 while not poll(work, limit, self.watch):
-                    asks = self.watch is not None and time.monotonic() - start < patience
-                    if asks and self.watch.excused():
+                    if self.watch is None or time.monotonic() - start > patience:
+                        break
+                    if self.watch.excused():
                         continue
-                    if asks and poll(work, min(limit, 2.0), self.watch):  # it may have come while we asked
+                    if poll(work, min(limit, 2.0), self.watch):  # it may have come while we asked
                         return
                     break
                 else:

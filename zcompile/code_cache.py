@@ -41,15 +41,21 @@ def loaded_or_made(make: Callable[[], T]) -> T:
     except Exception as error:
         if code_cache_misses() != before:  # it did not find anything: the error is one of generating
             raise
-        _leave(f"has an entry that cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        _leave(
+            f"has an entry that cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
         return make()
 
 
 def _leave(reason: str) -> None:
     own = tempfile.mkdtemp(prefix="zcompile-inductor-")
-    pid = os.getpid()
-    atexit.register(lambda: os.getpid() == pid and shutil.rmtree(own, ignore_errors=True))
+    atexit.register(_remove, own, os.getpid())
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "?"
     print(f"zcompile: rank {rank}: {FOLDER}={os.environ.get(FOLDER, '')} {reason}; this rank generates its code in {own}",
           file=sys.stderr, flush=True)  # fmt: skip
     os.environ[FOLDER] = own
+
+
+def _remove(folder: str, pid: int) -> None:
+    if os.getpid() == pid:  # and not a fork of it
+        shutil.rmtree(folder, ignore_errors=True)

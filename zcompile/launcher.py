@@ -80,7 +80,8 @@ def init_from_launcher(device: str | torch.device | None = None, *, timeout: flo
     with `device` cuda.
 
     `device` None means cuda where torch has it. A cuda device is made current from LOCAL_RANK (or SLURM_LOCALID),
-    modulo the devices visible here. `timeout`, in seconds, is also that of the group's own collectives. RuntimeError names the address when the ranks do not meet within `timeout` seconds.
+    modulo the devices visible here. `timeout`, in seconds, is also that of the group's own collectives.
+    RuntimeError names the address when the ranks do not meet within `timeout` seconds.
     """
     if dist.is_initialized():
         return

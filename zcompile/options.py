@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-
 CHECKS = (False, True, "masters", "checksums")
 """What the option `checks` may be."""
 

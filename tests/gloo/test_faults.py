@@ -64,7 +64,9 @@ def line(mark: str) -> str:
     return f"test_faults.py:{next(n for n, text in enumerate(LINES, 1) if text.endswith('# ' + mark))}"
 
 
-def train(rank: int, odd: int, what: str, transfer: str, mode: str = "eager", swallow: bool = False, folder: str = "") -> None:
+def train(
+    rank: int, odd: int, what: str, transfer: str, mode: str = "eager", swallow: bool = False, folder: str = ""
+) -> None:
     """Steps of a small model; in the second one rank `odd` fails as it launches a `transfer`, or ("save") as it writes a checkpoint."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"eager": {"compile": False}, "graph": {"codegen": False}}[mode]
@@ -141,7 +143,9 @@ def test_f12_f13_f14_a_rank_fails_in_a_transfer(job: Jobs, what: str, transfer: 
     level = "cluster" if transfer == "sync" else "node"
     where = report.splitlines()[1]
     assert where.startswith(f"  missed in  {transfer} all_") and f"over {level}, number " in where, report
-    assert f"of {'first' if transfer == 'gather' else 'second'}." in where and f"({line('both are read here')})" in where, report
+    assert (
+        f"of {'first' if transfer == 'gather' else 'second'}." in where and f"({line('both are read here')})" in where
+    ), report
     assert ranks[3].code == {"kill": -9, "stop": None}.get(what, ranks[3].code), ranks[3]
 
 
@@ -157,7 +161,9 @@ def test_f12_f13_in_compiled_graphs(job: Jobs, what: str, transfer: str) -> None
     report = ended(job.run(train, 4, 3, what, transfer, "graph"), 3)
     assert report.startswith(f"zcompile: {SAID[what]}"), report
     stage = "backward" if transfer == "reduce" else "forward"
-    assert f"  missed in  {transfer} all_" in report and f"({line('both are read here')}), in graph 0 {stage}" in report, report
+    assert (
+        f"  missed in  {transfer} all_" in report and f"({line('both are read here')}), in graph 0 {stage}" in report
+    ), report
     assert "of {first,second}." in report, report
 
 
@@ -211,7 +217,9 @@ def test_f37_a_rank_out_of_memory_says_by_whom_it_is_taken(job: Jobs) -> None:
     report = ended(job.run(train, 4, 3, "memory", "reduce", "graph"), 3)
     held, peak, process = (part.split("memory     ")[1] for part in report.splitlines() if part.startswith("  memory"))
     assert held.startswith("held: master 1.59 kB, copy 3.18 kB"), report
-    assert peak.startswith("at most, in graph 0 backward: gathers 1.54 kB, grads 6.14 kB") and "quant buffers" in peak, report
+    assert (
+        peak.startswith("at most, in graph 0 backward: gathers 1.54 kB, grads 6.14 kB") and "quant buffers" in peak
+    ), report
     assert process.endswith("resident at its peak"), report
 
 
@@ -251,13 +259,18 @@ def test_f33_checksums_find_the_rank_of_a_flipped_bit(four: Pool, mode: str) -> 
     with pytest.raises(RanksFailed) as caught:
         four.run(flipped, "checksums", "copy", mode)
     failures = caught.value.failures
-    assert "rank 2: the compute copy of " in failures[2].message and "bits changed in this rank's memory" in failures[2].message
+    assert (
+        "rank 2: the compute copy of " in failures[2].message
+        and "bits changed in this rank's memory" in failures[2].message
+    )
     assert all("rank 2 refused this forward" in failures[other].message for other in (0, 1, 3)), failures
     with pytest.raises(RanksFailed) as caught:
         four.run(flipped, "checksums", "message", mode, grace=0.1)
     failure = caught.value.failures[2]
     assert failure.type == "ChecksumError", failure
-    assert "what rank 3 sent is not what rank 2 received in gather all_gather over node, number " in failure.message, failure
+    assert "what rank 3 sent is not what rank 2 received in gather all_gather over node, number " in failure.message, (
+        failure
+    )
     assert "first" in failure.message and line("both are read here") in failure.message, failure
 
 

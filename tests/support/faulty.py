@@ -87,7 +87,6 @@ def serve() -> None:
     """The server's loop: one order a line, one answer a line."""
     import torch
 
-    import zcompile.api
     from zcompile.ranks import _function
 
     torch.set_num_threads(1)
