@@ -34,54 +34,45 @@ def peaks(gm: GraphModule) -> dict[str, int]:
 
     Inputs are not counted, outputs are to the end.
     """
-    owner: dict[int, str] = {}
+    nodes = list(gm.graph.nodes)
+    same: dict[int, int] = {}
     storage: dict[Node, set[int]] = {}
     sizes: dict[int, int] = {}
-    last: dict[int, int] = {}
+    owner: dict[int, str] = {}
     inputs: set[int] = set()
-    nodes = list(gm.graph.nodes)
-    for position, node in enumerate(nodes):
-        found: set[int] = set()
-        if node.target is WAIT:
-            found = set(storage.get(node.args[0], ()))  # the collective's own buffer, in other words
-        else:
-            for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
-                if isinstance(value, torch.Tensor) and isinstance(value.untyped_storage().nbytes(), int):
-                    key = value.untyped_storage()._cdata
-                    found.add(key)
-                    sizes[key] = value.untyped_storage().nbytes()
+    for node in nodes:
+        found = set()
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, torch.Tensor) and isinstance(value.untyped_storage().nbytes(), int):
+                key = value.untyped_storage()._cdata
+                if node.target is WAIT:  # what it yields is the collective's own buffer, under another name
+                    same[key] = next(iter(storage[node.args[0]]))
+                key = same.get(key, key)
+                found.add(key)
+                sizes[key] = max(sizes.get(key, 0), value.untyped_storage().nbytes())
+                if owner.get(key, "activations") == "activations":
+                    owner[key] = _owner(node)
         storage[node] = found
-        if node.op == "placeholder":
-            inputs |= found
-        for key in found:
-            owner.setdefault(
-                key, _owner(node, [owner.get(k, "") for arg in node.all_input_nodes for k in storage[arg]])
-            )
-        for key in found.union(*(storage[arg] for arg in node.all_input_nodes)):
-            last[key] = len(nodes) if node.op == "output" else position
-    begins: dict[int, list[int]] = {}
-    seen: set[int] = set(inputs)
+        inputs |= found if node.op == "placeholder" else set()
+    last: dict[int, int] = {}
     for position, node in enumerate(nodes):
-        fresh = storage[node] - seen
-        seen |= fresh
-        begins[position] = list(fresh)
-    ends: dict[int, list[int]] = {}
-    for key, position in last.items():
-        ends.setdefault(position, []).append(key)
-    now, most = dict.fromkeys(OWNERS, 0), dict.fromkeys(OWNERS, 0)
-    for position in range(len(nodes)):
-        for key in begins[position]:
+        for key in storage[node].union(*(storage[arg] for arg in node.all_input_nodes)):
+            last[key] = position
+    now, most, alive = dict.fromkeys(OWNERS, 0), dict.fromkeys(OWNERS, 0), set(inputs)
+    for position, node in enumerate(nodes):
+        for key in storage[node] - alive:
+            alive.add(key)
             now[owner[key]] += sizes[key]
         for name in OWNERS:
             most[name] = max(most[name], now[name])
-        for key in ends.get(position, ()):
-            if key not in inputs:
+        for key in storage[node].union(*(storage[arg] for arg in node.all_input_nodes)) - inputs:
+            if last[key] == position and node.op != "output":
                 now[owner[key]] -= sizes[key]
     return most
 
 
-def _owner(node: Node, of_inputs: list[str]) -> str:
-    """Whose storage a node's value is."""
+def _owner(node: Node) -> str:
+    """Whose storage a node's value is. Views of activations may tell better: a kernel's buffer is known by the weights in it."""
     if node.target in (QUANTIZE, REQUANTIZE) or WIRE in node.meta:
         return "quant buffers"
     if WHOLE in node.meta or node.target in (ALL_GATHER, PEER_GATHER):
