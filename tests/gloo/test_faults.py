@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -277,3 +278,41 @@ def test_f33_checksums_find_the_rank_of_a_flipped_bit(four: Pool, mode: str) -> 
 def test_f33_without_the_option_nobody_looks(four: Pool) -> None:
     assert four.run(flipped, False, "copy", "eager") == ["trained"] * 4
     assert four.run(flipped, "checksums", "nowhere", "eager") == ["trained"] * 4
+
+
+# -- under torchrun ----------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, torch
+from zcompile import hierarchical_zero
+torch.manual_seed(0)
+model = hierarchical_zero(torch.nn.Linear(8, 8), topology="2", plan="zero_topo", timeout=20.0, compile=False)
+rank = int(os.environ["RANK"])
+for step in range(3):
+    loss = model(torch.ones(2, 8)).square().mean()
+    if step == 1 and rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    loss.backward()
+"""
+
+
+@pytest.mark.slow
+def test_under_torchrun_what_is_known_at_once_is_said_at_once(tmp_path: Path) -> None:
+    """The agent ends the other ranks a moment after one has died."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "script.py"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode, done.stderr
+    said = "rank 1 lost the connection to rank 0 in reduce all_to_all over cluster, number 2, of bias"
+    assert f"zcompile: {said}" in done.stderr or "zcompile: rank 0 died" in done.stderr, done.stderr
+    assert "of bias" in done.stderr and "over cluster, number 2" in done.stderr and "(script.py:8)" in done.stderr, (
+        done.stderr
+    )

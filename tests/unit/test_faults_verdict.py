@@ -104,8 +104,14 @@ def test_launches_take_the_entries_of_their_level_and_transfer_in_order() -> Non
     def entry(level: str, transfer: str, name: str, op: str = "all_gather") -> Collective:
         return Collective(level, transfer, op, "float32", 8, (name,), source=f"{name}.py:1")
 
-    graph = Listed("graph 3 forward", [entry("pair", "gather", "a"), entry("node", "gather", "b", "peer_read"),
-                                       entry("node", "reduce", "c"), entry("pair", "gather", "d"), entry("node", "gather", "e")])  # fmt: skip
+    entries = [
+        entry("pair", "gather", "a"),
+        entry("node", "gather", "b", "peer_read"),
+        entry("node", "reduce", "c"),
+        entry("pair", "gather", "d"),
+        entry("node", "gather", "e"),
+    ]
+    graph = Listed("graph 3 forward", entries)
     asked = [("pair", "gather"), ("node", "gather"), ("pair", "gather"), ("node", "reduce"), ("pair", "gather")]
     assert [graph.describe(*key)[0] for key in asked] == [("a",), ("e",), ("d",), ("c",), ()]
     outer, inner = Parameters(("x",), "", ""), Parameters(("y",), "", "")
@@ -154,7 +160,7 @@ def two_layers(units: str, **formats: Any) -> dict[str, int]:
 
 
 def test_f37_peaks_by_owner_are_those_of_the_order_of_the_nodes() -> None:
-    """A gathered weight is 16 KiB: two buckets follow one another; one bucket holds both at once, beside the message they are unpacked from."""
+    """A gathered weight is 16 KiB: two buckets follow one another; one bucket holds both at once, and its message."""
     apart, together = two_layers("two"), two_layers("one")
     assert set(apart) == set(OWNERS)
     assert (apart["gathers"], together["gathers"]) == (64 * 64 * 4, 4 * 64 * 64 * 4)
