@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -31,6 +32,8 @@ FP8 = {
     "sm_120": "e4m3fn",
 }
 """The fp8 kind that a chip has in hardware; the others have none."""
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    del FP8["gfx942"]  # Triton 3.6 stops at an assertion of its own in the conversion (Fp32_to_Fp8E4M3FNUZ_SW)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 """dtypes of plain values; the names that Triton has for them."""
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int64: "*i64"}

@@ -48,14 +48,15 @@ def encode(x: Tensor, code: Code) -> tuple[Tensor, Tensor]:
     x = x.to(torch.float32).contiguous()
     largest = (x.view(torch.int32) & 0x7FFFFFFF).amax(-1)
     amax = largest.view(torch.float32)
-    scale = torch.where(amax < SMALLEST, 0.0, amax / code.top).to(_SCALE[code.scale])
+    # By a tensor: CUDA divides by a Python number as a product with its inverse, which is rounded twice.
+    scale = torch.where(amax < SMALLEST, 0.0, amax / torch.full_like(amax, code.top)).to(_SCALE[code.scale])
     integer, nan = (torch.int16, 0x7FC0) if code.scale == "bf16" else (torch.int32, 0x7FC00000)
     scale = (
         torch.where(largest >= _FINITE, nan, scale.view(integer)).to(integer).view(scale.dtype)
     )  # one NaN for all targets
     wide = scale.to(torch.float32)
     good = wide > 0
-    inverse = torch.where(good, 1.0 / wide, 0.0)
+    inverse = torch.where(good, torch.ones_like(wide) / wide, 0.0)
     scaled = torch.where(good[..., None], x * inverse[..., None], 0.0)
     if not code.integer:
         return scaled.clamp(-code.top, code.top).to(_FLOAT8[code.kind]).view(torch.uint8), scale

@@ -3,12 +3,15 @@
 __version__ = "0.1.0"
 
 from zcompile.api import (
+    clip_grad_norm_,
+    coverage,
     feedback_state,
     full_state_dict,
     hierarchical_zero,
     ledger,
     load_feedback_state,
     mark_written,
+    precision,
 )
 from zcompile.faults.checksums import ChecksumError
 from zcompile.faults.verdict import FaultError
@@ -24,10 +27,13 @@ __all__ = [
     "Rule",
     "Topology",
     "WireFormat",
+    "clip_grad_norm_",
+    "coverage",
     "feedback_state",
     "full_state_dict",
     "hierarchical_zero",
     "ledger",
     "load_feedback_state",
     "mark_written",
+    "precision",
 ]

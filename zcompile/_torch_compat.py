@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -198,6 +199,11 @@ def many_graphs() -> contextlib.AbstractContextManager[None]:
     return patch
 
 
+def in_backward() -> bool:
+    """Whether this thread is inside autograd's engine (2.13: torch._C._current_graph_task_id, which torch.utils.checkpoint asks)."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def keep_out_of_graphs(function: Any) -> Any:
     """Dynamo neither compiles `function`'s frame nor inlines it; what it calls is compiled as usual (2.13: _dynamo.decorators.skip)."""
     return skip(function)
@@ -261,7 +267,7 @@ def profiling() -> bool:
     return bool(getattr(profiler, "_is_profiler_enabled", False))
 
 
-def symmetric_memory(size: int, device: torch.device, group: Any) -> tuple[list[Tensor], list[int]]:
+def symmetric_memory(size: int, device: torch.device, group: dist.ProcessGroup) -> tuple[list[Tensor], list[int]]:
     """Every rank's [size] uint8, readable from here, and where it lies in this device's memory; in the order of the named group
     (2.13: torch.distributed._symmetric_memory). RuntimeError where the devices cannot reach one another.
     """
@@ -269,7 +275,11 @@ def symmetric_memory(size: int, device: torch.device, group: Any) -> tuple[list[
 
     buffer = _symmetric_memory.empty(size, dtype=torch.uint8, device=device)
     buffer.zero_()
-    handle = _symmetric_memory.rendezvous(buffer, group)
+    name: Any = group.group_name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer releases need no enabling, older ones do
+        _symmetric_memory.enable_symm_mem_for_group(name)
+    handle = _symmetric_memory.rendezvous(buffer, name)
     return [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(handle.world_size)], list(
         handle.buffer_ptrs
     )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import code_cache, feedback, optimizers, traffic
+from zcompile import code_cache, covered, feedback, formats, gradients, optimizers, traffic
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.engine import Engine
 from zcompile.front import Root, install, whole_call
@@ -118,6 +118,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
     install(model, engine)
     optimizers.guard()
     code_cache.keep_writable()
+    gradients.guard()
     if compile:
         engine.compiled = torch.compile(
             whole_call(model), backend=hierarchical_zero_backend, fullgraph=options.fullgraph, dynamic=options.dynamic
@@ -181,7 +182,7 @@ def _agree(runtime: Runtime, model: nn.Module, plan: Any, compute: dict[str, tor
         "zcompile": __version__, "torch": torch.__version__, "plan": plan.describe().splitlines(), "plan key": plan.key,
         "options": {
             "codegen": options.codegen, "checks": options.checks, "sync_init": options.sync_init, "overlap": options.overlap,
-            "memory": options.memory,
+            "memory": options.memory, "nonfinite": options.nonfinite,
         },
         "parameters": [
             [names[0][0], list(p.shape), str(compute[names[0][0]]), p.requires_grad] for p, names in named_owners(model).items()
@@ -251,6 +252,45 @@ def ledger(model: nn.Module) -> dict[str, Any]:
     something is wrong.
     """
     return traffic.report(_engine(model, "ledger"))
+
+
+def precision(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, dict[str, int]]:
+    """What is kept, computed and sent in which format: {what: {format: elements of the plain parameters}}.
+
+    Rows: masters, compute copies, whole weights, each transfer over each level, main gradients, the gradients that are there, and, with an
+    optimizer, its state. Kept tensors are looked at; what only travels is told by the plan.
+    """
+    return formats.report(_engine(model, "precision"), optimizer)
+
+
+def coverage(model: nn.Module) -> dict[str, Any]:
+    """How much of the last forward went through compiled graphs.
+
+    Returns:
+        graphs: names of all that were compiled; breaks: {"reason", "where"} of Dynamo's graph breaks; share: of the parameters that the
+        forward read, those that compiled graphs alone gathered; compiled: their names; eager: name -> file:line that read it outside of
+        any graph; unread: names of the others.
+    """
+    return covered.report(_engine(model, "coverage"))
+
+
+def clip_grad_norm_(
+    model: nn.Module, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+) -> float:
+    """Scale the gradients of a wrapped model so that their norm is at most `max_norm`; every rank calls it.
+
+    `torch.nn.utils.clip_grad_norm_(model.parameters(), ...)` does the same and returns a DTensor; this adds up in float64 and returns the
+    number.
+
+    Args:
+        norm_type: order of the norm of all gradients as one vector: 2, 1, any positive number, or inf.
+        error_if_nonfinite: raise RuntimeError, on all ranks, if the norm is not finite.
+
+    Returns:
+        the norm before clipping, equal on all ranks. If it is not finite the gradients are left as they are, and the optimizer's step
+        is skipped by the option `nonfinite`.
+    """
+    return gradients.clip_grad_norm_(_engine(model, "clip_grad_norm_"), max_norm, norm_type, error_if_nonfinite)
 
 
 def feedback_state(model: nn.Module) -> dict[str, dict[str, DTensor]]:

@@ -31,13 +31,14 @@ from zcompile._torch_compat import (
     compile_fx_inner,
     generated_code,
 )
+from zcompile.covered import break_of
 from zcompile.debug.text import source
 from zcompile.engine import Engine, current_engine
 from zcompile.faults import memory
 from zcompile.options import Options
 from zcompile.passes import pin, runner
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import TRAFFIC, collective_of, find
+from zcompile.passes.nodes import GATHER, TRAFFIC, collective_of, find, spec_of
 from zcompile.passes.verify import traffic
 from zcompile.program import Program
 
@@ -92,6 +93,9 @@ class Compilation:
         self.observer = self.dump.observe if self.dump else None
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        broken = break_of(gm)
+        if broken is not None and broken not in self.engine.breaks:
+            self.engine.breaks.append(broken)
         patches: dict[str, Any] = {"joint_custom_post_pass": GraphPass(self.joint, self.engine.plan.key), **pin.PATCHES}
         if not self.options.codegen:
             patches["pattern_matcher"] = (
@@ -116,6 +120,7 @@ class Compilation:
             context.decompositions = (
                 dict(details["get_decomp_fn"]()) if "get_decomp_fn" in details else default_decompositions()
             )
+        reads = frozenset(spec_of(node).name for node in find(gm.graph, GATHER))
         runner.run(gm, passes.LOWERED, context, self.observer)
         collectives = [replace(collective_of(node), source=source(node)) for node in find(gm.graph, *TRAFFIC)]
         self.engine.note_sources(collectives)
@@ -123,7 +128,7 @@ class Compilation:
         begin, misses = time.perf_counter(), code_cache_misses()
         code = self._generate(gm, example_inputs, details, order) if self.options.codegen else boxed(gm)
         program = Program(context.name, stage, self.engine, code, collectives, context.predicted, compiled)
-        program.expected = context.expected
+        program.expected, program.reads = context.expected, reads
         program.peaks = memory.peaks(gm)
         program.seconds = {**context.seconds, "codegen": time.perf_counter() - begin}
         if self.options.codegen:

@@ -12,8 +12,7 @@ are frames that Dynamo tries next. The transfers here are none of the model's co
 from __future__ import annotations
 
 import contextlib
-import sys
-import traceback
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,8 +21,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from zcompile import transfers
-from zcompile.faults.sites import Parameters, about, users_line
-from zcompile.ops import ACCUMULATE, compensated, finish, needs_wait
+from zcompile.covered import line_of_user
+from zcompile.faults.sites import Parameters, about
+from zcompile.ops import ACCUMULATE, compensated, finish, needs_wait, watch
 from zcompile.params import Slot
 
 
@@ -45,6 +45,13 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         reads = ctx.reads
+        if reads is None:
+            raise RuntimeError(
+                "zcompile: activation checkpointing with use_reentrant=True runs a backward of its own inside the backward, whose "
+                "gradients would miss their reduction. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        if reads.slot.flag is not None:
+            watch(reads.slot.flag, grad)
         reads.open -= 1
         reads.total = grad if reads.total is None else reads.total + grad
         return (_settle(ctx.call, reads) if reads.open == 0 else None), None, None, None
@@ -73,8 +80,9 @@ def read(slot: Slot) -> Tensor:
     engine = current_engine()
     assert engine is not None and engine.call is not None
     call = engine.call
-    if not slot.source:
-        slot.source = users_line(traceback.walk_stack(sys._getframe()))
+    if slot.name not in engine.reads.eager:
+        engine.reads.eager[slot.name] = line_of_user()
+    slot.source = slot.source or os.path.basename(engine.reads.eager[slot.name])
     leaf = slot.token if call.phase == ACCUMULATE else slot.leaf
     assert leaf is not None
     if not (leaf.requires_grad and torch.is_grad_enabled()):
@@ -91,6 +99,15 @@ def flush(call: Any, slot: Slot) -> Tensor | None:
     """Settle reads of `slot` in this call that have a sum but wait for gradients that will not come."""
     reads = call.reads.get(slot)
     return _settle(call, reads) if reads is not None and reads.total is not None else None
+
+
+@torch.compiler.disable  # see Note [Frames that Dynamo gives up]
+def read_again(slot: Slot, call: Any) -> Tensor:
+    """`module.weight` where activation checkpointing recomputes a forward for what its backward needs; no gradient passes through it, as
+    the first read's receives it."""
+    if not slot.master.requires_grad:
+        return whole(slot, call).detach()
+    return Gather.apply(call.edge, slot, call, None)
 
 
 @torch.compiler.disable  # see Note [Frames that Dynamo gives up]

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import peers, transfers
-from zcompile._torch_compat import all_gather, many_graphs, wrap_local
+from zcompile import covered, peers, transfers
+from zcompile._torch_compat import all_gather, in_backward, many_graphs, wrap_local
 from zcompile.agreement import pack_flags, set_anywhere
+from zcompile.covered import Reads
 from zcompile.eager import flush, keep_wholes_out
 from zcompile.faults.checksums import ChecksumError, checksum
 from zcompile.faults.sites import Parameters, about
@@ -46,6 +47,8 @@ class _Reading:
 
 
 READING = _Reading()
+LOSSES = 64
+"""Of so many forwards of one step the loss is kept, to say whose was not finite."""
 _ENGINES: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
 _count = 0
 
@@ -58,6 +61,16 @@ def engines() -> list[Engine]:
 def current_engine() -> Engine | None:
     """The engine whose forward is running in this process, if any."""
     return _ENGINES.get(READING.engine)
+
+
+def recomputing(slot: Slot) -> _Call | None:
+    """The call whose backward this thread is in, if the user's code runs there again: autograd itself works without gradients."""
+    return engine_of(slot).backward if torch.is_grad_enabled() and in_backward() else None
+
+
+def engine_of(slot: Slot) -> Engine:
+    """The engine that a slot belongs to."""
+    return _ENGINES[slot.engine]
 
 
 class Window:
@@ -106,6 +119,8 @@ class Engine:
             if slot.master.requires_grad:
                 widths = slot.spec.feedback_widths().items()
                 slot.errors = {t: torch.zeros(n, dtype=MASTER, device=self.device) for t, n in widths}
+                if options.checks:
+                    slot.flag = torch.zeros(1, dtype=torch.int32, device=self.device)
         watch(self.slots)
         self.synchronising = True
         self.window = Window()
@@ -114,11 +129,21 @@ class Engine:
         self.compiled: Callable[..., Any] | None = None
         """The model's own compiled forward; None if it is compiled from outside or not at all."""
         self.call: _Call | None = None
+        self.backward: _Call | None = None
+        """The call whose backward is running."""
         self.programs: list[Any] = []
         self.running: Any = None
         """The compiled graph that runs, or that an error broke off."""
         self._checksums: dict[Unit, Tensor] = {}
         self._copy_sums: dict[Unit, Tensor] = {}
+        self.losses: list[Tensor] = []
+        """What training forwards returned since the last step, where it was one number."""
+        self.reads = Reads()
+        """Of the last forward, and of the one that is running."""
+        self.breaks: list[dict[str, str]] = []
+        """Of Dynamo's graphs: "reason" and "where"."""
+        self.skipped = 0
+        """Steps that were skipped because a gradient was not finite: zcompile.gradients."""
         self.set_options(options)
 
     def set_options(self, options: Any) -> None:
@@ -160,6 +185,7 @@ class Engine:
             self._copy_sums.pop(unit, None)
         self.traffic.refreshed(old, full)
         self._check_fresh()
+        self.reads = Reads()
         call = _Call(self, phase)
         call.open()
         before = _Before(READING.engine, READING.phase, self.call, contextlib.ExitStack())
@@ -173,6 +199,8 @@ class Engine:
         call = self.call
         assert call is not None
         self.abandon(before)
+        if self.options.strict:
+            covered.check(self)
         if call.phase != NONE:
             call.watch(output)
         return output
@@ -365,14 +393,20 @@ class _Call:
         self.wholes: dict[int, Any] = {}
         """Storages of whole weights that eager reads made."""
         self.started = False
+        self.edge = torch.empty(0, requires_grad=True)
+        """Of reads that are done again: they need one that gradients could take, as the first ones had. Made here, as selective
+        checkpointing counts the operations of what it recomputes."""
 
     def open(self) -> None:
         """Give every slot its leaf and main grad for this forward."""
         engine = self.engine
-        training = [slot for slot in engine.slots if slot.master.requires_grad] if self.phase != NONE else []
+        training: list[Slot] = []
         for slot in engine.slots:
-            slot.leaf = slot.token = _padded(slot)
             slot.main = None
+            if self.phase != NONE and slot.master.requires_grad:
+                training.append(slot)
+            else:
+                slot.leaf = slot.token = slot.padded.detach()
         if not training:
             return
         if self.phase in (ACCUMULATE, SYNC):
@@ -388,12 +422,15 @@ class _Call:
         for leaf in leaves:
             if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
                 leaf.register_hook(lambda _: self.start())
+                if leaf.numel() == 1 and len(self.engine.losses) < LOSSES and not leaf.is_meta:
+                    self.engine.losses.append(leaf.detach().reshape(1).to(MASTER))
 
     def start(self) -> None:
         """A backward re-gathers weights: refuse if they are no longer those of its forward."""
         if self.started:
             return
         self.started = True
+        self.engine.backward = self
         self.engine.traffic.start(evaluation=False)
         for unit, then, now in zip(self.engine.units, self.versions, self.engine.versions(), strict=True):
             if then != now:
@@ -406,6 +443,7 @@ class _Call:
         """All gradients of this backward are in: sync what earlier micro-batches left behind, close the window."""
         self.start()
         self.started = False  # a second backward over a retained graph is checked again
+        self.engine.backward = None
         out = self._flush_reads(training, list(grads))
         if self.phase == ACCUMULATE:
             self.window.touched.update(slot for slot, grad in zip(training, out, strict=True) if grad is not None)
@@ -465,7 +503,7 @@ class Unwrap(torch.autograd.Function):
         ctx.call, ctx.training = call, training
         if call.phase == ACCUMULATE:
             return tuple(slot.unit.master.new_empty(0) for slot in training)
-        return tuple(_padded(slot) for slot in training)
+        return tuple(slot.padded.detach() for slot in training)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -476,8 +514,3 @@ class Unwrap(torch.autograd.Function):
             for slot, grad in zip(training, call.finish(training, grads), strict=True)
         ]
         return (None, None, *out)
-
-
-def _padded(slot: Slot) -> Tensor:
-    """This rank's padded shard of the master: a view of the unit's buffer."""
-    return slot.unit.master.narrow(0, slot.spec.offset, slot.spec.layout.shard).detach()

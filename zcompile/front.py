@@ -1,7 +1,8 @@
 """The front end: reading `module.weight` inside a forward yields the whole weight.
 
 Each module that owns parameters gets a subclass of its class with one property per parameter. Outside a forward the property is the
-master DTensor; inside, `zcompile::gather` when Dynamo traces, the same transfer at once when nothing does. Subclasses are made once
+master DTensor; inside, `zcompile::gather` when Dynamo traces, the same transfer at once when nothing does; and so it is where activation
+checkpointing runs a part of the forward again inside the backward. Subclasses are made once
 per (class, parameter names), never per instance, or equal blocks would compile once each.
 """
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from zcompile._torch_compat import keep_out_of_graphs, never_compile_alone, outer_backend
-from zcompile.eager import read
-from zcompile.engine import READING, Engine
+from zcompile.eager import read, read_again
+from zcompile.engine import READING, Engine, recomputing
 from zcompile.ops import ACCUMULATE, NONE
 from zcompile.params import Slot, wrap_plain
 
@@ -32,11 +33,12 @@ def _weight(name: str) -> property:
     def get(self: Any) -> Tensor:
         slot: Slot = self._zc_slots[name]
         if READING.engine != slot.engine:
-            return self._parameters[name]
+            call = None if torch.compiler.is_compiling() else recomputing(slot)
+            return self._parameters[name] if call is None else read_again(slot, call)
         if torch.compiler.is_compiling():
             leaf = slot.token if READING.phase == ACCUMULATE else slot.leaf
-            errors = list(slot.errors.values()) if READING.phase != NONE else []
-            return torch.ops.zcompile.gather(leaf, slot.unit.copy, slot.main, errors, slot.text, READING.phase)
+            states = slot.states if READING.phase != NONE else []
+            return torch.ops.zcompile.gather(leaf, slot.unit.copy, slot.main, states, slot.text, READING.phase)
         return read(slot)
 
     return property(never_compile_alone(get))

@@ -40,6 +40,7 @@ class Operation:
 
     Attributes:
         size: bytes of the plain side.
+        moved: bytes that the operation itself reads and writes, by its result alone.
         ways: name -> call; "copy" copies the plain side into memory that is there already, "clone" into new memory, as the others do.
         check: False if the ways do not give the same values.
     """
@@ -48,6 +49,7 @@ class Operation:
     code: Code
     elements: int
     size: int
+    moved: int
     ways: dict[str, Callable[[], Any]]
     check: Callable[[], bool]
 
@@ -91,30 +93,34 @@ def operations(
             found = found + reference.decode(codes[part], scales[part], code)
         return found
 
-    # name, plain values, (a function of torch, its arguments), the same by a module of kernels
-    listed: list[tuple[str, Tensor, tuple[Callable[..., Any], tuple[Tensor, ...]], Callable[[Any], Any]]] = [
-        ("quantise", x, (encode, (x,)), lambda m: m.quantize([x], geometry, code)),
+    # name, plain values, what is moved, (a function of torch, its arguments), the same by a module of kernels
+    sent, added = message.nbytes, several.nbytes
+    listed: list[tuple[str, Tensor, int, tuple[Callable[..., Any], tuple[Tensor, ...]], Callable[[Any], Any]]] = [
+        ("quantise", x, x.nbytes + sent, (encode, (x,)), lambda m: m.quantize([x], geometry, code)),
         (
-            "dequantise", x, (lambda c, s: reference.decode(c, s, code).bfloat16(), (codes, scales)),
+            "dequantise", x, sent + x.nbytes, (lambda c, s: reference.decode(c, s, code).bfloat16(), (codes, scales)),
             lambda m: m.dequantize(message, geometry, code, torch.bfloat16),
         ),
-        (f"sum of {PARTS}", wide, (total, (many_codes, many_scales)), lambda m: m.reduce(several, PARTS, (), geometry, code)),
         (
-            f"sum of {PARTS}, quantised", wide, (lambda c, s: encode(total(c, s)), (many_codes, many_scales)),
+            f"sum of {PARTS}", wide, added + wide.nbytes, (total, (many_codes, many_scales)),
+            lambda m: m.reduce(several, PARTS, (), geometry, code),
+        ),
+        (
+            f"sum of {PARTS}, quantised", wide, added + sent, (lambda c, s: encode(total(c, s)), (many_codes, many_scales)),
             lambda m: m.requantize(several, PARTS, geometry, code, code),
         ),
         (
-            "quantise delta", wide, (lambda a, b: encode(a - b.float()), (wide, image)),
+            "quantise delta", wide, wide.nbytes + image.nbytes + sent, (lambda a, b: encode(a - b.float()), (wide, image)),
             lambda m: m.quantize_delta(wide, image, geometry, code),
         ),
         (
-            "apply delta", x,
+            "apply delta", x, 2 * x.nbytes + sent,
             (lambda i, c, s: (i.float() + reference.decode(c, s, code).view(-1)).bfloat16(), (image, delta_codes, delta_scales)),
             lambda m: m.apply_delta(target, delta, geometry, code),
         ),
     ]  # fmt: skip
     found = []
-    for name, plain, (function, arguments), call in listed:
+    for name, plain, moved, (function, arguments), call in listed:
         copy = torch.empty_like(plain)
         ways: dict[str, Callable[[], Any]] = {
             "copy": _bound(copy.copy_, plain),
@@ -124,7 +130,7 @@ def operations(
         }
         if inductor:
             ways["inductor"] = _bound(torch.compile(function, dynamic=False, fullgraph=True), *arguments)
-        found.append(Operation(name, code, elements, plain.nbytes, ways, _equal(call, kernels, target, image)))
+        found.append(Operation(name, code, elements, plain.nbytes, moved, ways, _equal(call, kernels, target, image)))
     return found
 
 
@@ -169,7 +175,7 @@ def layer(kind: str, hidden: int, device: torch.device, kernels: ModuleType, row
         "zcompile": _bound(call, kernels),
         "eager": _bound(call, reference),
     }
-    return Operation("gathered layer", code, sum(sizes), plain.nbytes, ways, check)
+    return Operation("gathered layer", code, sum(sizes), plain.nbytes, message.nbytes + plain.nbytes, ways, check)
 
 
 def _bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
@@ -208,15 +214,23 @@ def measure(operation: Operation, repeats: int, device: torch.device) -> dict[st
     copies, found = turns["copy"], {}
     for name, taken in turns.items():
         rates = [operation.size / seconds / 1e9 for seconds in taken]
-        ratios = [copy / seconds for copy, seconds in zip(copies, taken, strict=True)]
+        ratios = _ratios(copies, taken)
         found[name] = {
             "gb_per_s": _spread(rates),
             "of_copy": _spread(ratios) | {"best_of_both": min(copies) / min(taken)},
         }
+    # Of the memory's bandwidth: bytes read and written a second, beside those of the copy, which reads and writes the plain side.
+    bandwidth = [operation.moved / (2 * operation.size) * ratio for ratio in _ratios(copies, turns["zcompile"])]
+    found["zcompile"]["of_bandwidth"] = _spread(bandwidth)
     return {
         "operation": operation.name, "code": operation.code.text, "elements": operation.elements, "plain_bytes": operation.size,
+        "moved_bytes": operation.moved,
         "repeats": repeats, "ways": found,
     }  # fmt: skip
+
+
+def _ratios(copies: Sequence[float], taken: Sequence[float]) -> list[float]:
+    return [copy / seconds for copy, seconds in zip(copies, taken, strict=True)]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -230,7 +244,9 @@ def _clock(way: Callable[[], Any]) -> float:
 
 
 def _device_clock(way: Callable[[], Any]) -> float:
+    """Seconds on the device alone: it is kept busy while the call is launched, so that no launch is waited for."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)  # cycles: a millisecond
     begin.record()
     way()
     end.record()
@@ -250,27 +266,37 @@ def bench(
     repeats: int = 40,
     inductor: bool = True,
     done: Callable[[dict[str, Any]], None] = lambda result: None,
+    devices: Sequence[str] = ("cpu", "gpu"),
 ) -> dict[str, Any]:
-    """Everything that this machine can run. `done` gets each result as it comes.
+    """Everything that this machine can run, on those of its `devices` that are asked for. `done` gets each result as it comes.
 
     Returns:
         cpu: results, and what the C++ kernels are (`compiled`, False if the reference stands in for them); gpu: results, or why not.
     """
+    found: dict[str, Any] = {
+        "cpu": _cpu(kinds, elements, repeats, inductor, done) if "cpu" in devices else {"skipped": "not asked for"},
+        "gpu": _gpu(kinds, repeats, inductor, done) if "gpu" in devices else {"skipped": "not asked for"},
+    }
+    return found
+
+
+def _cpu(
+    kinds: Sequence[str], elements: Sequence[int], repeats: int, inductor: bool, done: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"cpu": {"compiled": cpu.available(), "call_microseconds": call_overhead(), "results": []}}
+    results: list[dict[str, Any]] = []
     try:
         device = torch.device("cpu")
         for size in elements:
             few = repeats if size <= IN_CACHE else max(repeats // 8, 3)
             for kind in kinds:
-                found["cpu"]["results"] += _measured(operations(kind, size, device, cpu, inductor), few, device, done)
+                results += _measured(operations(kind, size, device, cpu, inductor), few, device, done)
         for kind in kinds:
-            found["cpu"]["results"] += _measured([layer(kind, 512, device, cpu)], max(repeats // 4, 3), device, done)
+            results += _measured([layer(kind, 512, device, cpu)], max(repeats // 4, 3), device, done)
+        return {"compiled": cpu.available(), "call_microseconds": call_overhead(), "results": results}
     finally:
         torch.set_num_threads(threads)
-    found["gpu"] = _gpu(kinds, repeats, inductor, done)
-    return found
 
 
 def _measured(
@@ -312,6 +338,8 @@ def table(results: Sequence[dict[str, Any]], title: str) -> Table:
                 continue
             rate, ratio = result["ways"][name]["gb_per_s"], result["ways"][name]["of_copy"]["best_of_both"]
             text = f"{rate['median']:.1f} ({rate['min']:.1f}-{rate['max']:.1f})"
+            if "of_bandwidth" in result["ways"][name] and result["device"] == "cuda":
+                text += f" {result['ways'][name]['of_bandwidth']['median']:.0%} of the bandwidth,"
             cells.append(text if name == "copy" else f"{text} {ratio:.2f}x")
         out.add_row(result["operation"], result["code"].removesuffix("/nearest"), f"{result['elements']:,}", *cells)
     return out
@@ -323,6 +351,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--elements", nargs="+", type=int, default=[IN_CACHE, IN_MEMORY], metavar="N",
                         help=f"sizes of a bucket on the CPU, multiples of {BLOCK} (default: {IN_CACHE} {IN_MEMORY})")  # fmt: skip
+    parser.add_argument("--devices", nargs="+", default=["cpu", "gpu"], choices=["cpu", "gpu"], help="(default: both)")
     parser.add_argument(
         "--repeats", type=int, default=40, help="turns of all ways; fewer beyond the cache (default: %(default)s)"
     )
@@ -352,14 +381,19 @@ def command(arguments: argparse.Namespace) -> int:
         )
 
     try:
-        found = bench(arguments.kinds, arguments.elements, arguments.repeats, arguments.inductor, done)
+        found = bench(
+            arguments.kinds, arguments.elements, arguments.repeats, arguments.inductor, done, arguments.devices
+        )
     except RuntimeError as error:
         console.print(f"zcompile kernel-bench: {error}", style="red", markup=False)
         return 1
     note = "GB/s of the plain side: median (slowest-fastest), and the fastest as a part of the fastest copy"
-    compiled = "C++" if found["cpu"]["compiled"] else "the torch reference, as the C++ kernels could not be built"
-    console.print(table(found["cpu"]["results"], f"CPU, one thread, zcompile = {compiled}. {note}"))
-    console.print(f"one call on one block: {found['cpu']['call_microseconds']:.1f} us")
+    if "skipped" in found["cpu"]:
+        console.print(f"CPU: skipped, {found['cpu']['skipped']}")
+    else:
+        compiled = "C++" if found["cpu"]["compiled"] else "the torch reference, as the C++ kernels could not be built"
+        console.print(table(found["cpu"]["results"], f"CPU, one thread, zcompile = {compiled}. {note}"))
+        console.print(f"one call on one block: {found['cpu']['call_microseconds']:.1f} us")
     if "skipped" in found["gpu"]:
         console.print(f"GPU: skipped, {found['gpu']['skipped']}")
     else:

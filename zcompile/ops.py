@@ -1,6 +1,6 @@
 """The semantic ops: `gather`, `reduce`, `sync`. What a transfer means; `lower` decides how, by the plan.
 
-    gather(leaf, copy, main, errors, spec, phase) -> whole   leaf: the autograd edge to the master; copy: the unit's compute copy
+    gather(leaf, copy, main, states, spec, phase) -> whole   leaf: the autograd edge to the master; copy: the unit's compute copy
     reduce(grad, spec)                            -> at G    whole gradient in, fp32 out
     sync(total, spec)                             -> at O    what the master's `.grad` wants
 
@@ -11,11 +11,13 @@ The backward of `gather` is written in terms of the other two; `phase` was fixed
     sync         leaf.grad = sync(main + reduce(grad)); main = 0
     direct       leaf.grad = sync(reduce(grad)): no micro-batch before this one, no main grad in memory
 
-Note [Error feedback]: with `errors` (one tensor for a quantised reduce, one for a quantised sync, in that order) what is about to be
-sent has the state added first, and the state becomes beta times itself and 1 - beta times what quantising loses of the sum. Reads of
-one parameter are then not merged in a graph: each is sent, and its loss kept, on its own.
+Note [Error feedback]: with error feedback the first `states` are one tensor for a quantised reduce and one for a quantised sync. What is
+about to be sent has the state added first, and the state becomes beta times itself and 1 - beta times what quantising loses of the
+sum. Reads of one parameter are then not merged in a graph: each is sent, and its loss kept, on its own.
 
-Note [Main grads are not saved tensors]: `main` (`errors` likewise) is mutated between a forward and its backward whenever several
+Note [Watched gradients]: one state more than that is a flag, which is raised when a gradient arrives that is not finite.
+
+Note [Main grads are not saved tensors]: `main` (`states` likewise) is mutated between a forward and its backward whenever several
 micro-batches are in flight, so it must not be version-checked: it is stashed on ctx, never passed to save_for_backward (facts: torch
 2.13 raises "modified by an inplace operation" otherwise), and the `tag` pass exempts it in compiled graphs.
 
@@ -39,7 +41,7 @@ ACCUMULATE, SYNC, DIRECT, NONE = "accumulate", "sync", "direct", "none"
 PHASES = (ACCUMULATE, SYNC, DIRECT, NONE)
 
 torch.library.define(
-    "zcompile::gather", "(Tensor leaf, Tensor copy, Tensor? main, Tensor[] errors, str spec, str phase) -> Tensor"
+    "zcompile::gather", "(Tensor leaf, Tensor copy, Tensor? main, Tensor[] states, str spec, str phase) -> Tensor"
 )
 torch.library.define("zcompile::reduce", "(Tensor grad, str spec) -> Tensor")
 torch.library.define("zcompile::sync", "(Tensor total, str spec) -> Tensor")
@@ -50,7 +52,7 @@ def needs_wait(spec: ParamSpec) -> bool:
     return bool(spec.refresh_levels() or spec.peer_level)
 
 
-def _gather(leaf: Tensor, copy: Tensor, main: Tensor | None, errors: list[Tensor], spec: str, phase: str) -> Tensor:
+def _gather(leaf: Tensor, copy: Tensor, main: Tensor | None, states: list[Tensor], spec: str, phase: str) -> Tensor:
     param = ParamSpec.parse(spec)
     if needs_wait(param):
         copy = torch.ops._c10d_functional.wait_tensor(copy)
@@ -62,7 +64,7 @@ def _gather(leaf: Tensor, copy: Tensor, main: Tensor | None, errors: list[Tensor
 
 
 def _gather_fake(
-    leaf: Tensor, copy: Tensor, main: Tensor | None, errors: list[Tensor], spec: str, phase: str
+    leaf: Tensor, copy: Tensor, main: Tensor | None, states: list[Tensor], spec: str, phase: str
 ) -> Tensor:
     param = ParamSpec.parse(spec)
     return copy.new_empty(param.shape, dtype=transfers.dtype(param.compute))
@@ -101,14 +103,23 @@ for _name, _real, _fake in (
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, ctx.main, ctx.errors, ctx.spec, ctx.phase = inputs  # see Note [Main grads are not saved tensors]
+    _, _, ctx.main, ctx.states, ctx.spec, ctx.phase = inputs  # see Note [Main grads are not saved tensors]
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     spec = ParamSpec.parse(ctx.spec)
-    errors = dict(zip(spec.feedback_widths(), ctx.errors, strict=True))
+    widths = spec.feedback_widths()
+    errors = dict(zip(widths, ctx.states, strict=False))
+    for flag in ctx.states[len(widths) :]:
+        watch(flag, grad)
     reduced = torch.ops.zcompile.reduce(compensated(grad, errors, spec, "reduce"), ctx.spec)
-    return finish(ctx.main, errors, reduced, ctx.spec, ctx.phase), None, None, [None] * len(ctx.errors), None, None
+    return finish(ctx.main, errors, reduced, ctx.spec, ctx.phase), None, None, [None] * len(ctx.states), None, None
+
+
+def watch(flag: Tensor, grad: Tensor) -> None:
+    """See Note [Watched gradients]."""
+    strange = (~torch.isfinite(grad)).any().to(flag.dtype).view(1)
+    flag.copy_(torch.maximum(flag, strange))
 
 
 def compensated(x: Tensor, errors: Mapping[str, Tensor], spec: ParamSpec, transfer: str) -> Tensor:

@@ -44,12 +44,16 @@ class Slot:
     text: str
     shard: Tensor = field(init=False)
     """The master's own local tensor, for its version counter."""
+    padded: Tensor = field(init=False)
+    """This rank's padded shard of the master [shard]: a view of the unit's buffer."""
     leaf: Tensor | None = None
     token: Tensor | None = None
     """What an accumulating forward reads through: see Note [Tokens] in zcompile.ops."""
     main: Tensor | None = None
     errors: dict[str, Tensor] = field(default_factory=dict)
     """State of the error feedback by transfer ("reduce", "sync"): zcompile.feedback."""
+    flag: Tensor | None = None
+    """With the option checks: [1] int32, not zero once this rank's own gradient was not finite."""
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
     source: str = ""
     """The user's line that reads it, for errors; "" until it is known."""
@@ -58,12 +62,18 @@ class Slot:
     def name(self) -> str:
         return self.spec.name
 
+    @property
+    def states(self) -> list[Tensor]:
+        """What a backward writes beside gradients, as `zcompile::gather` takes it."""
+        return [*self.errors.values(), *(() if self.flag is None else (self.flag,))]
+
     def local(self, padded: Tensor, coordinates: tuple[int, ...]) -> Tensor:
         """The rows that this rank owns of a padded shard [shard]: a view."""
         layout = self.spec.layout
         _, rows = layout.local_rows(coordinates)
         shape = (rows, *layout.shape[1:]) if layout.shape else ()
-        return padded.narrow(0, 0, rows * layout.row).view(shape)
+        length = rows * layout.row
+        return (padded if length == layout.shard else padded.narrow(0, 0, length)).view(shape)
 
 
 @dataclass(eq=False)
@@ -274,6 +284,7 @@ def _slot(
         )
         slot.master = nn.Parameter(master, requires_grad=plain.requires_grad)
         slot.shard = master_shard(slot.master)
+        slot.padded = padded
     _keep_marks(plain, slot.master)
     plain.data = plain.new_empty(0)
     return slot

@@ -55,7 +55,7 @@ def share(units: Sequence[Unit], runtime: Runtime, device: torch.device) -> None
         regions: list[Tensor] = []
         pointers: list[int] = []
         if device.type == "cuda":
-            regions, pointers = compat.symmetric_memory(total, device, runtime.role(level, "barrier"))
+            regions, pointers = compat.symmetric_memory(total, device, runtime.communicator(level, "barrier"))
         elif device.type == "cpu" and runtime.real:
             regions = _regions(total, level, members, runtime)
         for unit, start in zip(chosen, starts, strict=True):

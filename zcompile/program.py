@@ -26,6 +26,7 @@ class Program:
         code: where the code came from: "generated", "loaded" or "interpreted".
         expected: what the schedule expects of it, in seconds by the machine's data: see zcompile.passes.context.
         peaks: bytes that gathers, gradients, ... hold at most while it runs: see zcompile.faults.memory.
+        reads: names of the parameters that it gathers.
         predicted, compiled: bytes one rank receives when it runs, by closed form and from the graph.
     """
 
@@ -43,6 +44,7 @@ class Program:
         self.expected: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self.code = "interpreted"
+        self.reads: frozenset[str] = frozenset()
 
     def entry(self) -> Callable[[list[Any]], Any]:
         """The function to hand to AOTAutograd: called with a list of inputs, which it empties."""
@@ -59,6 +61,8 @@ class Program:
         engine.agree_on(self)
         self.runs += 1
         engine.traffic.program(self)
+        if self.stage != "backward":
+            engine.reads.compiled |= self.reads
         engine.running = self
         with about(Listed(self.name, self.collectives)):
             out = self._code(inputs)

@@ -24,7 +24,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Pool:
     def __init__(self, world: int, *, backend: str | None = "gloo") -> None:
         self.world = world
         self.backend = backend
-        self._ranks: list[tuple[ForkServerProcess, Connection]] = []
+        self._ranks: list[tuple[BaseProcess, Connection]] = []
         self._store: TCPStore | None = None
         self._stacks = tempfile.TemporaryDirectory(prefix="ranks")
 
@@ -126,10 +126,11 @@ class Pool:
 
     def _start(self) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        # The server imports once, and each rank is a fork of it: milliseconds instead of seconds.
-        # None of these imports starts a thread.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "torch._inductor.compile_fx", "zcompile.api"])
+        # The server imports once, and each rank is a fork of it: milliseconds instead of seconds. None of these imports starts a thread.
+        # But they ask whether there is a GPU, and where there is one torch refuses to use it in a fork of a process that has asked.
+        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload(["torch.distributed.tensor", "torch._inductor.compile_fx", "zcompile.api"])
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world):
             ours, theirs = context.Pipe()
@@ -141,7 +142,7 @@ class Pool:
             theirs.close()
             self._ranks.append((process, ours))
 
-    def _stack(self, rank: int, process: ForkServerProcess) -> str:
+    def _stack(self, rank: int, process: BaseProcess) -> str:
         if process.pid is not None and process.is_alive():
             os.kill(process.pid, signal.SIGUSR1)
             time.sleep(0.3)

@@ -169,6 +169,11 @@ class Runtime:
             )
         return role_name(self.topology.key, self.topology.names[level - 1], transfer)
 
+    def communicator(self, level: int, transfer: str) -> dist.ProcessGroup:
+        """The real group under `role(level, transfer)`, for what torch does with groups that it made itself. What it carries is not
+        counted."""
+        return self._roles[self.role(level, transfer)].inner
+
     def count_reads(self, level: int) -> Callable[[int], None]:
         """What a gather that reads other ranks' memory over `level` (1..m) tells: bytes, for the counters."""
         name = self.topology.names[level - 1]

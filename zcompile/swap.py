@@ -4,6 +4,8 @@ gloo's own collectives move bulk at half duplex in small groups: the notice that
 behind the data that it sends (measured with torch 2.13: an all-to-all of two ranks reaches 0.50 of the link's rate, an all-gather 0.62).
 Receives that are posted before the sends reach 1.00. So here each message is a receive from every member, then a send to every member:
 the same bytes, the same result. This is gloo's doing: NCCL and RCCL need none of it, and their groups do not come here.
+
+Tensors of a GPU (several processes that share one, which NCCL refuses) travel through host memory: gloo sends from and receives into that.
 """
 
 from __future__ import annotations
@@ -42,23 +44,26 @@ class Swap:
 
     def all_gather(self, output: Tensor, mine: Tensor, stream: int = 0) -> Exchange:
         """output [size * n] becomes every member's `mine` [n], in group order."""
-        out, x = output.view(self._size, -1), mine.reshape(-1)
-        return self._exchange(out, [x] * self._size, x, stream)
+        x = mine.reshape(1, -1)
+        return self._exchange(output.view(self._size, -1), x.expand(self._size, -1), x.cpu(), stream)
 
     def all_to_all(self, output: Tensor, mine: Tensor, stream: int = 0) -> Exchange:
         """output [size * n]: from every member that part of its `mine` [size * n] that is meant for this one."""
-        out, parts = output.view(self._size, -1), mine.reshape(self._size, -1)
-        return self._exchange(out, list(parts), parts[self._rank], stream)
+        parts = mine.reshape(self._size, -1)
+        return self._exchange(output.view(self._size, -1), parts, parts.cpu(), stream)
 
-    def _exchange(self, out: Tensor, parts: Sequence[Tensor], own: Tensor, stream: int) -> Exchange:
+    def _exchange(self, out: Tensor, parts: Tensor, sent: Tensor, stream: int) -> Exchange:
+        """`parts` [members, n], of which member k gets row k; `sent`: the same in host memory, one row if all are equal."""
         tag = stream * _TAGS + next(self._calls[stream]) % _TAGS
         others = [(self._rank + k) % self._size for k in range(1, self._size)]
+        landing = out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
         works: list[tuple[int, Any]] = [
-            (other, self.inner.recv([out[other]], other, tag)) for other in reversed(others)
+            (other, self.inner.recv([landing[other]], other, tag)) for other in reversed(others)
         ]
-        works += [(other, self.inner.send([parts[other]], other, tag)) for other in others]
-        out[self._rank].copy_(own)
-        return Exchange(works, out, timedelta(seconds=self.timeout))
+        works += [(other, self.inner.send([sent[other % len(sent)]], other, tag)) for other in others]
+        out[self._rank].copy_(parts[self._rank])
+        arrived = [] if landing is out else [(out[other], landing[other]) for other in others]
+        return Exchange(works, out, timedelta(seconds=self.timeout), arrived)
 
 
 class Exchange(dist.Work):
@@ -68,12 +73,20 @@ class Exchange(dist.Work):
         waits_for: the member whose part is waited for: after a wait that failed, the one to blame.
     """
 
-    def __init__(self, works: list[tuple[int, Any]], result: Tensor, timeout: timedelta):
+    def __init__(
+        self,
+        works: list[tuple[int, Any]],
+        result: Tensor,
+        timeout: timedelta,
+        arrived: Sequence[tuple[Tensor, Tensor]] = (),
+    ):
+        """`arrived`: (part of the result, where in host memory it comes in) of a result that lies elsewhere."""
         super().__init__()
         self.waits_for = -1
         self._timeout = timeout
         self._works = works
         self._result = result
+        self._arrived = arrived
         self._lock = threading.Lock()
 
     def wait(self, timeout: Any = None) -> bool:
@@ -81,6 +94,9 @@ class Exchange(dist.Work):
             works, self._works = self._works, []
             for self.waits_for, work in works:
                 work.wait(timeout or self._timeout)  # gloo's own default is that of the group's making
+            arrived, self._arrived = self._arrived, []
+            for part, host in arrived:
+                part.copy_(host, non_blocking=True)  # the allocator of pinned memory waits for it
         return True
 
     def is_completed(self) -> bool:

@@ -56,6 +56,7 @@ class Traffic:
         self.last: Tally | None = None
         self.evaluation = Tally()
         self._active = self.step
+        self._refreshes: dict[tuple[Unit, bool], tuple[Bytes, Bytes]] = {}
         self._counted = _COUNTED.setdefault(engine.runtime, _Counted())
         self._own()
 
@@ -82,11 +83,21 @@ class Traffic:
         for column in (self.step.predicted, self.step.compiled):
             cost.add(column, refresh.barriers(units))
         for unit in units:
+            predicted, sent = self._refresh(unit, unit in full)
+            cost.add(self.step.predicted, predicted)
+            cost.add(self.step.compiled, sent)
+
+    def _refresh(self, unit: Unit, full: bool) -> tuple[Bytes, Bytes]:
+        """Of one refresh of a unit: by the closed forms, and by its messages."""
+        found = self._refreshes.get((unit, full))
+        if found is None:
+            predicted: Bytes = {}
             for spec in unit.specs:
-                amount = cost.full_refresh_bytes(spec) if unit in full else cost.transfer_bytes(spec, "refresh")
-                cost.add(self.step.predicted, amount)
-            for level, received in refresh.sent(unit, unit in full).items():
-                cost.add(self.step.compiled, {(unit.first.levels[level - 1], "refresh"): received})
+                cost.add(predicted, cost.full_refresh_bytes(spec) if full else cost.transfer_bytes(spec, "refresh"))
+            levels = unit.first.levels
+            sent = {(levels[level - 1], "refresh"): received for level, received in refresh.sent(unit, full).items()}
+            found = self._refreshes[unit, full] = (predicted, sent)
+        return found
 
     def program(self, program: Any) -> None:
         """A compiled graph runs."""
@@ -140,4 +151,5 @@ def report(engine: Engine) -> dict[str, Any]:
         "memory": engine.memory(),
         "schedule": {program.name: program.expected for program in engine.programs if program.expected},
         "plan": engine.plan.plan.name,
+        "skipped_steps": engine.skipped,
     }

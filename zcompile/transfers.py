@@ -140,7 +140,10 @@ def gather(copy: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
         )
     hops = ((level, first.gather[level - 1]) for level in range(first.w, 0, -1))
     rows = first.layout.shards // first.layout.extents[first.w]
-    x, have, rows = gather_hops(columns(copy, specs).reshape(-1), first.stored, hops, specs, "gather", rows)
+    mine = (
+        columns(copy, specs).reshape(-1).contiguous()
+    )  # columns of one element would be a view with a stride (torch < 2.13 refuses it)
+    x, have, rows = gather_hops(mine, first.stored, hops, specs, "gather", rows)
     if have.quantized:
         geometry = whole_geometry(specs)
         return _wholes(kernels.dequantize(x, geometry.text, have.code.text, dtype(first.compute)), geometry, specs)

@@ -17,6 +17,8 @@ from zcompile.params import Slot, Unit
 
 _UNITS: Any = WeakTensorKeyDictionary()
 """master -> its unit; beside the parameters and not on them, so that these can be pickled."""
+SKIPPING: Any = weakref.WeakKeyDictionary()
+"""Optimizer -> the gradients that were taken from it for the time of a step that is to change nothing: zcompile.gradients."""
 _hook: Any = None
 
 
@@ -35,6 +37,8 @@ def _stepping(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in SKIPPING:
+        return
     for unit in _units(optimizer):
         unit.writes += 1
         unit.stepped = unit.version

@@ -153,7 +153,7 @@ def test_deleted_instructions_are_noticed() -> None:
     normal = generator.standard_normal(512)
     heavy = normal * np.exp(4 * generator.standard_normal(512))
     report = delete_each(kernel, [case("heavy", heavy), case("zero", normal * 0), case("tiny", heavy * 1e-42)], every=2)
-    assert report.tried > 40 and report.rate > 0.75, [str(each) for each in report.survivors]
+    assert report.tried > 40 and report.rate > 0.7, [str(each) for each in report.survivors]
     assert report.tried == len(report.survivors) + sum(report.detected.values())
 
 

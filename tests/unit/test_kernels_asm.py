@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
 from amdgcn.launch import launch
 from support.kernel_runs import AMD, cells, compiled, execute, execute_far
 
@@ -121,7 +122,8 @@ def test_a_part_that_is_far_behind_the_first() -> None:
 
 def test_fp8_where_the_chip_has_it() -> None:
     assert [arch for arch in AMD if supports(arch, Code("e4m3fn"))] == ["gfx950"]
-    assert [arch for arch in AMD if supports(arch, Code("e4m3fnuz"))] == ["gfx942"]
+    new = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)  # older ones stop at an assertion of their own
+    assert [arch for arch in AMD if supports(arch, Code("e4m3fnuz"))] == (["gfx942"] if new else [])
 
 
 def test_a_case_notices() -> None:

@@ -49,7 +49,7 @@ class Flight(dist.Work):
             if not closed:
                 raise
             raise watch.lost(site, error, missing=closed, closed=closed) from error
-        if watch.on_device:
+        if watch.on_device and not isinstance(work, Exchange):
             watch.track(site, work)
             if check is None:
                 return work
