@@ -10,8 +10,6 @@ import torch
 from support.training import batch, both, graphs, mlp, received, replicas, same, sgd, square, step, theirs, train, twins
 from torch import Tensor, nn
 
-from zcompile import full_state_dict
-
 WORLD = 4
 TWO = pytest.mark.parametrize("mode", ["eager", "graph"])
 
