@@ -13,7 +13,8 @@ from torch.profiler import record_function
 
 from zcompile.faults import checksums
 from zcompile.faults.sites import Site
-from zcompile.faults.watch import Watch, closed_members, poll
+from zcompile.faults.waits import closed_members, poll
+from zcompile.faults.watch import Watch
 from zcompile.swap import Exchange
 
 
