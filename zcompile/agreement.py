@@ -19,7 +19,8 @@ import torch.distributed as dist
 from zcompile import _torch_compat as compat
 from zcompile.faults.sites import Site
 from zcompile.faults.verdict import FaultError
-from zcompile.faults.watch import Watch, closed_members, poll
+from zcompile.faults.waits import closed_members, poll
+from zcompile.faults.watch import Watch
 
 _FRAME = 16  # words of the first message; two of them are the header (number of words, checksum of the step's name)
 _BODY = _FRAME - 2

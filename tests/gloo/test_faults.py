@@ -188,7 +188,7 @@ def test_f12_f13_f14_the_rank_that_holds_the_store(job: Jobs, what: str, said: s
 def test_a_rank_that_is_stuck_in_other_code_is_named_and_ended(job: Jobs) -> None:
     ranks = job.run(train, 4, 3, "spin", "reduce")
     report = ended(ranks, 3)
-    assert report.startswith(f"zcompile: rank 3 is in no collective: its Python is at {line('spins here')}"), report
+    assert report.startswith(f"zcompile: rank 3 is in no collective: Python is at {line('spins here')}"), report
     assert ranks[3].code == 1 and ranks[3].seconds < SOON, "it would sleep for hours"
     assert "zcompile: rank 3 is ended, 12 s after the verdict" in ranks[3].output
 

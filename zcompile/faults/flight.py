@@ -13,7 +13,8 @@ from torch.profiler import record_function
 
 from zcompile.faults import checksums
 from zcompile.faults.sites import Site
-from zcompile.faults.watch import Watch, closed_members, poll
+from zcompile.faults.waits import closed_members, poll
+from zcompile.faults.watch import Watch
 from zcompile.swap import Exchange
 
 
@@ -45,7 +46,7 @@ class Flight(dist.Work):
         try:
             work = start()
         except RuntimeError as error:
-            closed = closed_members(group.inner, group.ranks)
+            closed = [] if watch.on_device else closed_members(group.inner, group.ranks)
             if not closed:
                 raise
             raise watch.lost(site, error, missing=closed, closed=closed) from error
@@ -76,7 +77,8 @@ class Flight(dist.Work):
             error: Exception | str = f"no answer after {watch.timeout:g} s"
         except RuntimeError as found:
             error = found
-        closed = [] if "imed out" in str(error) else closed_members(self._group.inner, self._group.ranks)
+        asks = not watch.on_device and "imed out" not in str(error)
+        closed = closed_members(self._group.inner, self._group.ranks) if asks else []
         raise watch.lost(self._site, error, missing=closed or self._missing(), closed=closed)
 
     def _missing(self) -> list[int]:

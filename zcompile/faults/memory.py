@@ -46,7 +46,7 @@ def peaks(gm: GraphModule) -> dict[str, int]:
             if isinstance(value, torch.Tensor) and isinstance(value.untyped_storage().nbytes(), int):
                 key = value.untyped_storage()._cdata
                 if node.target is WAIT:  # what it yields is the collective's own buffer, under another name
-                    same[key] = next(iter(storage[node.args[0]]))
+                    same[key] = next(iter(storage[node.args[0]]), key)
                 key = same.get(key, key)
                 found.add(key)
                 sizes[key] = max(sizes.get(key, 0), value.untyped_storage().nbytes())
@@ -95,10 +95,9 @@ def describe() -> list[str]:
             peak = ", ".join(f"{name} {size(count)}" for name, count in program.peaks.items())
             lines.append(f"at most, in {program.name}: {peak}")
         elif engine.call is not None:
-            alive = sum(
-                reference.cdata != 0 and slot.spec.layout.numel * 4 for reference, slot in engine.call.wholes.values()
-            )
-            lines.append(f"outside compiled graphs: gathers up to {size(alive)}")
+            wholes = [slot.spec for reference, slot in engine.call.wholes.values() if not reference.expired()]
+            alive = sum(spec.layout.numel * getattr(torch, spec.compute).itemsize for spec in wholes)
+            lines.append(f"outside compiled graphs: gathers {size(alive)}")
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines.append(f"process: {size(rss)} resident at its peak")
     if torch.cuda.is_available() and torch.cuda.is_initialized():

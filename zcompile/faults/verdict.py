@@ -80,7 +80,8 @@ class Verdict:
     @property
     def headline(self) -> str:
         """One line: the ranks, the reason, and the collective in which they were missed."""
-        return f"{_ranks(self.ranks)} {self.reason}; rank {self.trouble.rank} missed it in {self.trouble.site}"
+        them = "it" if len(self.ranks) == 1 else "them"
+        return f"{_ranks(self.ranks)} {self.reason}; rank {self.trouble.rank} missed {them} in {self.trouble.site}"
 
     @property
     def report(self) -> str:
@@ -145,7 +146,7 @@ def judge(trouble: Trouble, records: Mapping[int, Record], silent: Sequence[int]
         return verdict("left", left, "ended while others still waited: the program came to its end, or sys.exit was called",
                        _last(records, left[0], now))  # fmt: skip
     if silent:
-        reason = "does not answer: stopped, gone with its host, or its Python is held up"
+        reason = f"{_verb(silent, 'does', 'do')} not answer: stopped, gone with the host, or Python is held up"
         return verdict("silent", sorted(silent), reason, _last(records, min(silent), now))
     swallowed = [
         rank for rank, record in sorted(records.items()) if record.get("caught") and not _same(record, trouble)
@@ -158,12 +159,16 @@ def judge(trouble: Trouble, records: Mapping[int, Record], silent: Sequence[int]
     busy = [rank for rank, record in sorted(records.items()) if not record["waits"] and record["state"] != "fault"]
     if busy:
         record = records[busy[0]]
-        doing = "still compiles" if record["compiling"] else "is in no collective"
-        return verdict("busy", busy, f"{doing}: its Python is at {record['line'] or 'no line of yours'}",
+        verb = (
+            _verb(busy, "compiles", "compile")
+            if record["compiling"]
+            else f"{_verb(busy, 'is', 'are')} in no collective"
+        )
+        return verdict("busy", busy, f"{verb}: Python is at {record['line'] or 'no line of yours'}",
                        _last(records, busy[0], now))  # fmt: skip
     apart = [rank for rank, record in sorted(records.items()) if not _same(record, trouble)]
     inside = [rank for rank in apart if not trouble.missing or rank in trouble.missing] or apart or [trouble.rank]
-    reason = "waits at another place: the ranks do not run the same sequence of collectives"
+    reason = f"{_verb(inside, 'waits', 'wait')} at another place: the ranks do not run the same sequence of collectives"
     return verdict("apart", inside, reason, _last(records, inside[0], now))
 
 
@@ -203,6 +208,10 @@ def _others(records: Mapping[int, Record], blamed: Sequence[int]) -> tuple[str, 
         groups.setdefault(doing, []).append(rank)
     lines = [f"{_ranks(ranks)}: {doing}" for doing, ranks in groups.items()]
     return tuple(lines[:_AT_MOST] + ([f"and {len(lines) - _AT_MOST} more"] if len(lines) > _AT_MOST else []))
+
+
+def _verb(ranks: Sequence[int], one: str, many: str) -> str:
+    return one if len(ranks) == 1 else many
 
 
 def _ranks(ranks: Sequence[int]) -> str:

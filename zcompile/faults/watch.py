@@ -26,17 +26,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from zcompile import _torch_compat as compat
-from zcompile.faults import memory
+from zcompile.faults import errors
 from zcompile.faults.board import Board
 from zcompile.faults.sites import Site, compiling, subject, users_line
 from zcompile.faults.verdict import FaultError, Trouble, Verdict, judge
+from zcompile.faults.waits import closed_members
 
 GRACE = 12.0
 """Seconds that a process has to raise once there is a verdict."""
@@ -49,18 +46,14 @@ HURRY = 0.05
 HOLDER = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
 """The rank whose process holds the job's store; under torchrun it is the agent."""
 REFRESH_THREADS = "zcompile-refresh"
-CONSEQUENCES = (
-    "closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "remote process", "nccl", "rccl", "connection was closed",
-    "failed to recv", "application timeout",
-)  # fmt: skip
-"""Words, in lower case, of errors that another rank's end causes in torch's own collectives."""
 
 
 class Watch:
     """See the module. One of these for each default process group.
 
     Args:
-        store: the default group's; the watch opens a connection of its own.
+        store: the default group's; the watch opens a connection of its own, and keeps this one: where it is in this process, others need it
+            as long as they live.
         timeout: seconds that a rank may wait for another.
         on_device: collectives are waited for on a GPU: nobody sees a connection close, so an error is announced to all ranks.
     """
@@ -70,7 +63,7 @@ class Watch:
         self.verdict: Verdict | None = None
         self.caught: dict[str, Any] | None = None
         """An error that broke off a forward and that this rank's program went on from."""
-        self._board = Board(store, rank)
+        self._store, self._board = store, Board(store, rank)
         self.on_device = on_device
         self._numbers: collections.Counter[tuple[str, str]] = collections.Counter()
         self._order = 0
@@ -172,7 +165,7 @@ class Watch:
         return any(record["compiling"] and fresh for record, fresh in found.values())
 
     def alive(self, rank: int) -> bool:
-        """Whether a rank has left a record in the last `timeout` seconds. Asks the store."""
+        """Whether a rank's heart beats. Asks the store."""
         record, fresh = self._ask((rank,)).get(rank, (None, False))
         return record is None or fresh
 
@@ -218,7 +211,7 @@ class Watch:
             try:
                 if self._beat >= 0:
                     self._step()
-            except Exception:  # the store is gone, and with it whoever holds it
+            except (RuntimeError, OSError, ValueError):  # the store is gone, and with it whoever holds it
                 self._beat = -1
                 self._said.set()
             if self._beat < 0 and self._trouble and self.verdict is None:
@@ -253,16 +246,10 @@ class Watch:
         now = time.monotonic()
         if not self._flagged:
             self._flagged = True
-            first = self._board.flag()
-        else:
-            first = False
-        if first and trouble.closed:
-            # Launchers end the other processes as soon as one has died: what is known at once is said at once.
-            print(
-                f"zcompile: rank {self.rank} lost the connection to rank {trouble.closed[0]} in {trouble.site}",
-                file=sys.stderr,
-                flush=True,
-            )
+            if self._board.flag() and trouble.closed:
+                # Launchers end the other processes as soon as one has died: what is known at once is said at once.
+                notice = f"rank {self.rank} lost the connection to rank {trouble.closed[0]} in {trouble.site}"
+                print(f"zcompile: {notice}", file=sys.stderr, flush=True)
         if not self._judging:
             if self._board.claim(self._turn):
                 self._judging, self._asked = True, now
@@ -334,7 +321,7 @@ class Watch:
 
     def _elsewhere(self, error: BaseException) -> Site:
         """Where `error` was raised, in a collective that is not ours."""
-        where = _described(error)["line"] or "no line of yours"
+        where = errors.described(error)["line"] or "no line of yours"
         return Site(
             "", "", f"a collective that is not zcompile's, at {where}, after {self._last or 'none of its own'}", 0, ()
         )
@@ -344,7 +331,7 @@ class Watch:
     def broke_off(self, error: BaseException) -> None:
         """A forward ended in `error`; whether the program goes on from there is not known yet."""
         if isinstance(error, Exception) and not isinstance(error, FaultError):
-            self.caught = _described(error)
+            self.caught = errors.described(error)
 
     def in_step(self) -> None:
         """All ranks came to one point: whatever broke off a forward before did so on all of them, or did no harm."""
@@ -367,16 +354,19 @@ class Watch:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(EXIT)
-            if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in CONSEQUENCES):
-                if not _is_verdict(error):
-                    closed = () if "timed out" in str(error).lower() else self._closed_in_default_group()
-                    self.lost(self._elsewhere(error), error, missing=closed, closed=closed)
-                state = "fault"
-            if _is_verdict(error) or self.verdict is not None:
+            if (
+                error is not None
+                and errors.of_collectives(error)
+                and not errors.is_verdict(error)
+                and self.verdict is None
+            ):
+                closed = () if "imed out" in str(error) else self._closed_in_default_group()
+                self.lost(self._elsewhere(error), error, missing=closed, closed=closed)
+            if errors.is_verdict(error) or self.verdict is not None:
                 state = "fault"
         end = {**self.record(state), "final": True}
         if state == "raised" and error is not None:
-            end["error"] = _described(error)
+            end["error"] = errors.described(error)
         self._end = end
         self._wake.set()
         if self._beat >= 0 and (self.verdict is None or self.verdict.kind != "store"):
@@ -404,65 +394,9 @@ class Watch:
             self._all_ended.set()
         for record in others.values():
             for wait in record["waits"]:
-                if self._trouble is None and (self.rank in wait["missing"] or wait["transfer"] == "agreement"):
+                level, transfer, number = wait["key"]
+                for_this = self.rank in wait["missing"] or transfer == "agreement"
+                if (
+                    self._trouble is None and for_this and number >= self._numbers[level, transfer]
+                ):  # this rank never came to it
                     self._trouble = Trouble.from_json({**wait, "missing": [self.rank]})
-
-
-def _described(error: BaseException) -> dict[str, Any]:
-    """An error as it goes on the board; for one that ran out of memory, by whom memory is taken."""
-    described: dict[str, Any] = {
-        "type": type(error).__name__,
-        "message": (str(error).splitlines() or [""])[0][:300],
-        "line": users_line(reversed(list(traceback.walk_tb(error.__traceback__)))),
-    }
-    if memory.ran_out(error):
-        described["memory"] = memory.describe()
-    return described
-
-
-def _is_verdict(error: BaseException | None) -> bool:
-    """Whether an error is one of ours about another rank, or was raised on account of one."""
-    while error is not None:
-        if isinstance(error, FaultError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def poll(work: Any, limit: float, watch: Watch | None) -> bool:
-    """Wait for a work that may be waited for again (gloo's collectives), looking for a verdict in between.
-
-    Returns:
-        False if it is not over after `limit` seconds. Raises what the work raises, and FaultError.
-    """
-    deadline = time.monotonic() + limit
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            work.wait(timedelta(seconds=min(max(left, 0.01), 0.5)))  # less than a millisecond would be no limit at all
-            return True
-        except RuntimeError:
-            if work.is_completed():
-                work.wait(timedelta(seconds=1))  # its own error, or it came to its end just now
-                return True
-        if watch is not None:
-            watch.check()
-    return False
-
-
-def closed_members(group: dist.ProcessGroup, ranks: Sequence[int]) -> list[int]:
-    """Of `ranks`, in group order, those to which this rank's connection is closed: a receive from them cannot even be posted (gloo)."""
-    found = []
-    for member, rank in enumerate(ranks):
-        if member == group.rank():
-            continue
-        try:
-            _POSTED.append(group.recv([torch.empty(1)], member, _PROBE))
-        except RuntimeError:
-            found.append(rank)
-    return found
-
-
-_POSTED: list[Any] = []
-"""Receives that nobody will answer: they live as long as the process, which is not long."""
-_PROBE = (1 << 31) - 1
-"""A tag that no message has."""
