@@ -10,18 +10,21 @@ import json
 import time
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from zcompile import _torch_compat as compat
+from zcompile.faults import errors
 from zcompile.faults.sites import Site
 from zcompile.faults.verdict import FaultError
 from zcompile.faults.waits import closed_members, poll
 from zcompile.faults.watch import Watch
 
+PATIENT = 7 * 86400.0
+"""Seconds that the group's own exchanges may take by its backend: whoever waits for one has a limit of its own, and looks around."""
 _FRAME = 16  # words of the first message; two of them are the header (number of words, checksum of the step's name)
 _BODY = _FRAME - 2
 
@@ -187,6 +190,28 @@ class Agreement:
             closed = () if isinstance(error, str) else closed_members(self.group, site.members)
             fault = self.watch.lost(site, error, closed=closed, limit=limit, since=start)
         raise NoAnswer(f"{what}. {fault}", fault.verdict) from None
+
+    @contextlib.contextmanager
+    def lend(self, step: str) -> Iterator[dist.ProcessGroup | None]:
+        """The group, for collectives of torch's own that all ranks call inside (a checkpoint's); None with one rank. Each of them may take
+        the timeout of this object; NoAnswer, where torch would only say that one has failed.
+        """
+        if self.group is None or self.watch is None:
+            yield self.group
+            return
+        site = self._site(step)
+        compat.set_group_timeout(self.group, self.timeout)
+        with self.watch.waiting(site):
+            try:
+                yield self.group
+            except RuntimeError as error:
+                if errors.is_verdict(error) or not errors.of_collectives(error):
+                    raise
+                closed = () if "imed out" in str(error) else closed_members(self.group, site.members)
+                fault = self.watch.lost(site, error, missing=closed, closed=closed)
+                raise NoAnswer(f"agreement step `{step}` on rank {self.rank}. {fault}", fault.verdict) from error
+            finally:
+                compat.set_group_timeout(self.group, PATIENT)
 
     def _site(self, step: str) -> Site:
         members = tuple(range(self.world_size))

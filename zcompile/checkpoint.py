@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from zcompile import feedback, resume
 from zcompile import optimizer_state as optimizers
 from zcompile.engine import Engine
+from zcompile.faults.verdict import FaultError
+from zcompile.runtime import Runtime
 from zcompile.storage import (
     RANKS,
     CheckpointError,
@@ -128,12 +130,22 @@ def save(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
         engine.saving = Saving(target, written, engine)
         return engine.saving
     try:
-        _raise_alike(lambda: dcp.save(state, process_group=runtime.agreement.group, **arguments), target)
+        _raise_alike(lambda: _save(runtime, state, target, arguments), target)
     except CheckpointError:
         if runtime.rank == 0:
             discard(target)
         raise
     return None
+
+
+def _save(runtime: Runtime, state: dict[str, Any], target: Path, arguments: dict[str, Any]) -> None:
+    with runtime.agreement.lend(f"writing {target}") as group:
+        dcp.save(state, process_group=group, **arguments)
+
+
+def _read(runtime: Runtime, wanted: dict[str, Any], source: Path) -> None:
+    with runtime.agreement.lend(f"reading {source}") as group:
+        dcp.load(wanted, storage_reader=Reader(source), planner=LoadPlanner(), process_group=group)
 
 
 def finish(engine: Engine) -> None:
@@ -203,10 +215,7 @@ def load(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
     wanted = together(
         engine.runtime, lambda: _wanted(model, engine, used, index, drop_window), f"{source} cannot be loaded"
     )
-    group = engine.runtime.agreement.group
-    _raise_alike(
-        lambda: dcp.load(wanted, storage_reader=Reader(source), planner=LoadPlanner(), process_group=group), source
-    )
+    _raise_alike(lambda: _read(engine.runtime, wanted, source), source)
     rank = wanted.get(RANKS, {}).get(str(engine.runtime.rank), {})
     together(engine.runtime, lambda: _take(model, engine, used, wanted, rank), f"{source} cannot be loaded")
     notices = _notices(engine, index, source, bool(rank))
@@ -319,5 +328,7 @@ def _raise_alike(call: Callable[[], Any], folder: Path) -> Any:
         raise CheckpointError(f"rank {rank}: {text}{more}") from first
     except CheckpointError:
         raise
+    except FaultError as fault:
+        raise CheckpointError(f"{folder}: a rank is gone or late. {fault}") from fault
     except RuntimeError as error:  # of a collective: torch does not say of which file
         raise CheckpointError(f"{folder}: a rank is gone or late. torch said: {error}") from error

@@ -50,8 +50,8 @@ def load(engine: Engine, checkpoint: Path, prefix: str) -> str:
     wanted = {f"{prefix}.{key}.{name}": row for key, rows in state[prefix].items() for name, row in rows.items()}
     odd = next((name for name, row in wanted.items() if not _holds(saved.get(name), row)), None)
     if odd is None:
-        group = engine.runtime.agreement.group
-        dcp.load(state, storage_reader=Reader(checkpoint), planner=LoadPlanner(), process_group=group)
+        with engine.runtime.agreement.lend(f"reading {checkpoint}") as group:
+            dcp.load(state, storage_reader=Reader(checkpoint), planner=LoadPlanner(), process_group=group)
         return ""
     reset(engine)
     others = {name.removeprefix(f"{prefix}.").split(".")[0] for name in saved if name.startswith(f"{prefix}.")}

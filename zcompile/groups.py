@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from zcompile import _torch_compat as compat
+from zcompile.agreement import PATIENT
 from zcompile.faults.flight import Flight
 from zcompile.faults.watch import Watch
 from zcompile.swap import METHODS, MOST_MEMBERS, Swap
@@ -30,8 +31,6 @@ _NUMBERS = itertools.count()
 
 AGREEMENT = "agreement"
 """The lane of the words that ranks exchange."""
-_PATIENT = 7 * 86400.0
-"""Seconds that its backend may take: whoever waits for an agreement has a limit of its own, and looks around meanwhile."""
 LATER = 60.0
 """Seconds by which a backend's own time limit is later than ours, so that ours, which can say who is missing, comes first."""
 
@@ -317,7 +316,7 @@ class Communicators:
             group = compat.new_group(ranks, backend=backend, timeout=self.timeout, description=f"zc.{level}.{lane}")
             self._warm_up(group, ranks, torch.device("cpu") if backend == "gloo" else self.device)
             if not self.fake:
-                later = _PATIENT if lane == AGREEMENT else self.collective_timeout + LATER
+                later = PATIENT if lane == AGREEMENT else self.collective_timeout + LATER
                 compat.set_group_timeout(group, later)
         except (RuntimeError, TimeoutError) as error:
             if isinstance(error, GroupError):

@@ -351,10 +351,11 @@ def together(runtime: Runtime, step: Callable[[], T], what: str) -> T:
         error = raised
     said: list[Any] = [None] * runtime.topology.world_size
     mine = None if error is None else f"{type(error).__name__}: {error}"
-    if runtime.agreement.group is None:
-        said = [mine]
-    else:
-        dist.all_gather_object(said, mine, group=runtime.agreement.group)
+    with runtime.agreement.lend(what) as group:
+        if group is None:
+            said = [mine]
+        else:
+            dist.all_gather_object(said, mine, group=group)
     if error is not None:
         raise error
     other = next(((rank, text) for rank, text in enumerate(said) if text is not None), None)

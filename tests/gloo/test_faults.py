@@ -20,7 +20,7 @@ from support.patches import replaced
 from support.spawn import Pool, RanksFailed
 from torch import nn
 
-from zcompile import hierarchical_zero
+from zcompile import hierarchical_zero, save
 from zcompile.faults import flight
 
 LIMIT = 8.0
@@ -66,7 +66,14 @@ def line(mark: str) -> str:
 
 
 def train(
-    rank: int, odd: int, what: str, transfer: str, mode: str = "eager", swallow: bool = False, folder: str = ""
+    rank: int,
+    odd: int,
+    what: str,
+    transfer: str,
+    mode: str = "eager",
+    swallow: bool = False,
+    folder: str = "",
+    ours: bool = False,
 ) -> None:
     """Steps of a small model; in the second one rank `odd` fails as it launches a `transfer`, or ("save") as it writes a checkpoint."""
     torch.manual_seed(0)
@@ -98,7 +105,10 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         if folder and step < 2:
-            dcp.save(model.state_dict(), checkpoint_id=f"{folder}/{step}")
+            if ours:
+                save(model, optimizer, f"{folder}/{step}")
+            else:
+                dcp.save(model.state_dict(), checkpoint_id=f"{folder}/{step}")
     print("trained", flush=True)
 
 
@@ -202,14 +212,17 @@ def test_a_rank_that_goes_on_after_an_error_is_named_with_the_error(job: Jobs) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["kill", "stop"])
-def test_f12_f13_during_a_save(job: Jobs, what: str, tmp_path: Path) -> None:
-    """The collectives of a checkpoint are torch's own. The checkpoint before it loads."""
-    report = ended(job.run(train, 4, 3, what, "save", "eager", False, str(tmp_path)), 3, "RuntimeError")
+@pytest.mark.parametrize("ours", [True, False])
+def test_f12_f13_during_a_save(job: Jobs, what: str, ours: bool, tmp_path: Path) -> None:
+    """By zcompile.save and by torch's own call, whose collectives are torch's. The checkpoint before it loads."""
+    error = "CheckpointError" if ours else "RuntimeError"
+    report = ended(job.run(train, 4, 3, what, "save", "eager", False, str(tmp_path), ours), 3, error)
     assert report.startswith(f"zcompile: {SAID[what]}"), report
-    assert "a collective that is not zcompile's" in report and "test_faults.py:" in report, report
+    where = f"`writing {tmp_path}/1`" if ours else "a collective that is not zcompile's, at test_faults.py:"
+    assert where in report, report
     state = Model().state_dict()
     before = {name: value.clone() for name, value in state.items()}
-    dcp.load(state, checkpoint_id=tmp_path / "0")
+    dcp.load({"model": state} if ours else state, checkpoint_id=tmp_path / "0")
     assert all(not torch.equal(before[name], value) for name, value in state.items())
 
 
@@ -284,7 +297,7 @@ def test_f33_without_the_option_nobody_looks(four: Pool) -> None:
 
 SCRIPT = """
 import os, signal, torch
-from zcompile import hierarchical_zero
+from zcompile import hierarchical_zero, save
 torch.manual_seed(0)
 model = hierarchical_zero(torch.nn.Linear(8, 8), topology="2", plan="zero_topo", timeout=20.0, compile=False)
 rank = int(os.environ["RANK"])

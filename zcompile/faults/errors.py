@@ -37,7 +37,12 @@ def is_verdict(error: BaseException | None) -> bool:
 
 
 def of_collectives(error: BaseException) -> bool:
-    """Whether a collective of torch's own raised it because of another rank's end, or of the time that another rank took."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(said in str(error) for said in _GLOO)
-    )
+    """Whether it was raised, or its cause, by a collective because of another rank's end, or of the time that another rank took."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, dist.DistError) or (
+            isinstance(found, RuntimeError) and any(said in str(found) for said in _GLOO)
+        ):
+            return True
+        found = found.__cause__
+    return False

@@ -68,7 +68,7 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who is to blame and why. `kind`: raised, died, left, silent, busy, apart or store."""
+    """Who is to blame and why. `kind`: raised, died, left, silent, busy, apart, slow or store."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -167,7 +167,12 @@ def judge(trouble: Trouble, records: Mapping[int, Record], silent: Sequence[int]
         return verdict("busy", busy, f"{verb}: Python is at {record['line'] or 'no line of yours'}",
                        _last(records, busy[0], now))  # fmt: skip
     apart = [rank for rank, record in sorted(records.items()) if not _same(record, trouble)]
-    inside = [rank for rank in apart if not trouble.missing or rank in trouble.missing] or apart or [trouble.rank]
+    inside = [rank for rank in apart if not trouble.missing or rank in trouble.missing] or apart
+    if not inside:
+        reason = (
+            "waited longer than the limit where all ranks have come to: one of them is slow there, or the network is"
+        )
+        return verdict("slow", [trouble.rank], reason)
     reason = f"{_verb(inside, 'waits', 'wait')} at another place: the ranks do not run the same sequence of collectives"
     return verdict("apart", inside, reason, _last(records, inside[0], now))
 
