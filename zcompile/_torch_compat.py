@@ -169,6 +169,12 @@ def register_future(tensor: Tensor, future: torch.futures.Future[Tensor]) -> Non
 
 
 @skip
+def input_sources(gm: Any) -> list[str]:
+    """How Dynamo would write each input of its graph, "L['x']"; [] where it does not say (2.13: `_dynamo_source` of a placeholder)."""
+    found = [getattr(node, "_dynamo_source", None) for node in gm.graph.nodes if node.op == "placeholder"]
+    return [] if any(source is None for source in found) else [str(source.name) for source in found]
+
+
 def outer_backend() -> Any | None:
     """The backend of the torch.compile context in which the caller runs, or None (2.13: eval_frame's callback chain)."""
     callback: Any = get_eval_frame_callback()

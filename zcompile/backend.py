@@ -29,6 +29,7 @@ from zcompile._torch_compat import (
     compile_fx,
     compile_fx_inner,
     generated_code,
+    input_sources,
 )
 from zcompile.engine import Engine, current_engine
 from zcompile.options import Options
@@ -89,6 +90,8 @@ class Compilation:
         self.observer = self.dump.observe if self.dump else None
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if self.dump:
+            self.dump.sources = input_sources(gm)
         patches: dict[str, Any] = {"joint_custom_post_pass": GraphPass(self.joint, self.engine.plan.key), **pin.PATCHES}
         if not self.options.codegen:
             patches["pattern_matcher"] = (

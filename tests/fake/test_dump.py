@@ -106,7 +106,7 @@ def test_a_pass_that_failed_leaves_the_graph_it_left(tmp_path: Path) -> None:
     with pytest.raises(runner.PassError):
         runner.run(hand.gm, [verify], hand.context, made.observe)
     shown = (tmp_path / "rank0" / "graph0.forward" / "01-verify.failed.txt").read_text()
-    assert "gather> all_gather pair 128 B fp32 w" in shown
+    assert "gather> all_gather(view_2) over pair: 128 B fp32 of w" in shown
 
 
 @pytest.mark.parametrize("trouble", ["a file is in the way", "full disk", "a graph it cannot read"])

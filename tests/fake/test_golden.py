@@ -92,5 +92,5 @@ def test_a_diff_leads_from_each_program_to_the_next(dumped: Path) -> None:
         "quantize has nothing to fuse, schedule is off, pin and verify change nothing"
     )
     text = (place / "02-lower.diff").read_text()
-    assert any(line.startswith("-gather ") for line in text.splitlines())
-    assert any(line.startswith("+all_gather_into_tensor ") for line in text.splitlines())
+    assert any(line.startswith("-blocks.0.up.gather ") for line in text.splitlines())
+    assert any(line.startswith("+blocks.0.up.gather_pair ") for line in text.splitlines())

@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 
 from zcompile.cost import LEDGER_TRANSFERS
 from zcompile.debug import text
+from zcompile.debug.names import Names, path
 from zcompile.passes.context import Context
 from zcompile.passes.nodes import TRAFFIC, collective_of, find
 from zcompile.passes.verify import traffic
@@ -44,7 +45,10 @@ class Dump:
 
     def __init__(self, folder: str | os.PathLike[str], rank: int, number: int) -> None:
         self.folder, self.rank, self.number = os.fspath(folder), rank, number
-        self._inputs: dict[str, str] = {}
+        self.sources: list[str] = []
+        """What Dynamo calls the inputs of the joint graph, in order; [] where it is not known."""
+        self._inputs: dict[str, text.Inputs] = {}
+        self._names: dict[str, Names] = {}
         self._places: dict[str, Path] = {}
         self._before: dict[str, tuple[str, list[str]]] = {}
         self._files: dict[str, int] = {}
@@ -76,7 +80,8 @@ class Dump:
             self._places[stage] = self._place(stage)
             self._files[stage] = 0
             self._inputs = self._inputs or text.describe_inputs(gm)  # the joint graph knows of all of them
-        rows = text.lines(gm, self._inputs, stage)
+            self._names[stage] = self._name(gm, stage)
+        rows = text.lines(gm, self._inputs, stage, self._names[stage])
         number = self._files[stage]
         self._files[stage] = number + 1
         title = f"{context.name}, " + ("before the passes" if pass_name == "input" else f"after {pass_name}")
@@ -89,6 +94,17 @@ class Dump:
                 changes = difflib.unified_diff(before, rows, name, file, n=1, lineterm="")
                 self._write(stage, f"{number:02d}-{pass_name}.diff", list(changes))
         self._before[stage] = (file, rows)
+
+    def _name(self, gm: GraphModule, stage: str) -> Names:
+        """Names for the graph of a stage: those of the joint graph that it was cut from, where there was one."""
+        joint = self._names.get("joint")
+        given = {name: text.input_name(roles) for name, roles in self._inputs.items() if roles}
+        plain = [
+            node.name for node in gm.graph.nodes if node.op == "placeholder" and not node.name.startswith("tangents")
+        ]
+        if len(plain) == len(self.sources):
+            given = {name: path(source) for name, source in zip(plain, self.sources, strict=True)} | given
+        return Names(joint.export() if joint and stage != "joint" else None, given)
 
     def _summary(self, gm: GraphModule, context: Context, code: str) -> None:
         done = [
