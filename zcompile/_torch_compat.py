@@ -172,7 +172,8 @@ def register_future(tensor: Tensor, future: torch.futures.Future[Tensor]) -> Non
 def input_sources(gm: Any) -> list[str]:
     """How Dynamo would write each input of its graph, "L['x']"; [] where it does not say (2.13: `_dynamo_source` of a placeholder)."""
     found = [getattr(node, "_dynamo_source", None) for node in gm.graph.nodes if node.op == "placeholder"]
-    return [] if any(source is None for source in found) else [str(source.name) for source in found]
+    names = [str(source.name) for source in found if source is not None]
+    return names if len(names) == len(found) else []
 
 
 def outer_backend() -> Any | None:

@@ -1,7 +1,7 @@
 """A graph as text, one node a line, in the words of the design: what a dump, a golden test and an error show.
 
-    #  blocks.0.up.gather_pair       fp32[256]  = gather> all_gather(copy_wait.view) over pair: 512 B fp32 of blocks.0.{up,down}.weight  # gpt.py:38
-    #  blocks.0.up.gather_pair_wait  fp32[256]  = gather< pair blocks.0.{up,down}.weight                                                 # gpt.py:38
+    29  up.gather_pair       fp32[256]  = gather> all_gather(up.view_2) over pair: 512 B fp32 of {up,down}.weight    # gpt.py:38
+    30  up.gather_pair_wait  fp32[256]  = gather< pair {up,down}.weight                                              # gpt.py:38
 
 `gather>` launches, `gather<` waits. Bytes are those that one rank receives. Names are those of zcompile.debug.names. Nothing in the
 text depends on the rank, on the run or on addresses: two ranks' texts are equal byte for byte.
@@ -120,7 +120,7 @@ def source(node: Node) -> str:
 
 
 def describe_inputs(gm: GraphModule) -> dict[str, Inputs]:
-    """placeholder name -> what the semantic ops that read it take it for: a leaf, a unit's compute copy, a main grad, a feedback's state."""
+    """placeholder name -> what semantic ops take it for: a leaf, a unit's compute copy, a main grad, a feedback's state; {}: nothing."""
     plain = (node.name for node in gm.graph.nodes if node.op == "placeholder" and not node.name.startswith("tangents"))
     found: dict[str, Inputs] = {name: {} for name in plain}
     for node in find(gm.graph, GATHER):
