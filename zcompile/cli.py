@@ -19,6 +19,14 @@ COMMANDS = {
         "zcompile.trace",
         "compile a named model for a machine that exists on paper: no GPU, no allocation; seconds, memory, bytes per level",
     ),
+    "dump": (
+        "zcompile.debug.command",
+        "what the compiler did to a model, for any machine, without one: programs, diffs, ledger, timeline, a page to look at",
+    ),
+    "diff": (
+        "zcompile.debug.compare",
+        "where two dumps part: two ranks, two plans, two commits",
+    ),
     "bytes": (
         "zcompile.compare_bytes",
         "bytes per level of a small GPT under native and quantised plans, beside FSDP2 and HSDP, counted on eight local processes",
