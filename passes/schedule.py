@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from zcompile.passes.context import Context
 from zcompile.passes.nodes import COLLECTIVES, WAIT, arrange, collective_of, find
-from zcompile.times import hop_seconds, node_seconds
+from zcompile.times import Lanes, hop_seconds, node_seconds
 
 NAME = "schedule"
 
@@ -107,13 +107,12 @@ class _Schedule:
         self.overlap, self.memory = context.overlap, context.memory
         topology = context.plan.topology
         self.seconds = {node: node_seconds(node, topology.device) for node in self.nodes}
-        self.levels = {level.name: level for level in topology.levels}
+        self.lanes = Lanes(topology.levels)
         self.gathers = self._gathers(context)
         self.reductions = self._reductions()
         self.now = 0.0
         self.exposed: dict[str, float] = {}
         """Seconds of waiting by level; "refresh": for a copy."""
-        self._free = dict.fromkeys(self.levels, 0.0)
         self._out: list[Node] = []
         self._placed: set[Node] = set()
         self._flying: list[_Chain] = []  # reductions
@@ -171,8 +170,7 @@ class _Schedule:
         """A hop takes its level's lane when those before it are over."""
         entry = collective_of(node)
         chain.level = entry.level
-        begin = max(self.now, self._free[entry.level])
-        self._free[entry.level] = chain.arrives = begin + hop_seconds(self.levels[entry.level], entry.bytes)
+        _, chain.arrives = self.lanes.launch(entry.level, entry.bytes, self.now)
 
     def _before(self, node: Node) -> None:
         """What a stage reads of other reductions (a sum of two of them) comes first."""

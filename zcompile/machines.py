@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 LADDER = ("pair", "node", "group", "cluster", "system", "site")
 """Level names with a known order, fastest first; other names are allowed and only match themselves."""
@@ -28,12 +29,31 @@ FP8_CHIPS = {
 """Chips with fp8 in hardware, by the beginning of their name, and which of the two codes it is. gfx90a (MI250X) emulates it: not here."""
 
 
+STEPS = ("direct", "ring", "tree")
+"""How many messages of a collective among s ranks follow one another: 1 (each rank to each at once), s - 1, ceil(log2 s)."""
+
+
+def _points(what: str, given: Any) -> tuple[tuple[float, float], ...]:
+    """A curve, checked: ascending positive positions, fractions in (0, 1]."""
+    points = tuple((float(x), float(y)) for x, y in given)
+    if any(not (x > 0 and 0 < y <= 1) for x, y in points) or list(points) != sorted(points):
+        raise ValueError(
+            f"{what} {points}: must be pairs (size, part of the rate), sizes ascending, parts above 0 and up to 1"
+        )
+    return points
+
+
 @dataclass(frozen=True)
 class Level:
     """One rung of the machine.
 
     name: an identifier, not `whole` or `world`. size: how many groups of the rung below it joins (>= 1).
     bandwidth: B/s that one rank receives, one direction. latency: seconds for a small message.
+    steps: how a collective scales with the size, one of STEPS: messages that follow one another, each with the latency.
+    overhead: seconds that a call of the collective library takes before anything is sent.
+    curve: the message-size curve, pairs (bytes of one message, part of the bandwidth that it reaches), ascending; between points it
+    is linear in the logarithm of the bytes, beyond them it stays. (): the whole bandwidth, whatever the size.
+    via: names of levels whose links its bytes cross too, and share with their own hops (a network card behind a device's link).
     Raises ValueError naming the field and its value.
     """
 
@@ -41,6 +61,10 @@ class Level:
     size: int
     bandwidth: float
     latency: float
+    steps: str = "direct"
+    overhead: float = 0.0
+    curve: tuple[tuple[float, float], ...] = ()
+    via: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.name):
@@ -55,6 +79,12 @@ class Level:
             raise ValueError(f"level {self.name!r}: bandwidth {self.bandwidth!r} B/s; must be positive and finite")
         if not (self.latency >= 0 and math.isfinite(self.latency)):
             raise ValueError(f"level {self.name!r}: latency {self.latency!r} s; must be finite and not negative")
+        if self.steps not in STEPS:
+            raise ValueError(f"level {self.name!r}: steps {self.steps!r}; valid: {', '.join(STEPS)}")
+        if not (self.overhead >= 0 and math.isfinite(self.overhead)):
+            raise ValueError(f"level {self.name!r}: overhead {self.overhead!r} s; must be finite and not negative")
+        object.__setattr__(self, "curve", _points(f"level {self.name!r}: curve", self.curve))
+        object.__setattr__(self, "via", tuple(self.via))
 
 
 @dataclass(frozen=True)
