@@ -7,6 +7,7 @@ these, this file is the one to repair; the tests in `tests/gloo/test_runtime.py`
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -316,6 +317,40 @@ def aot_cache_off() -> Iterator[None]:
 
     with config.patch(enable_autograd_cache=False):
         yield
+
+
+@functools.cache
+def _without_meta_gradient() -> list[Any]:
+    found = []
+    for name in torch._C._dispatch_get_all_op_names():
+        space, _, rest = name.partition("::")
+        packet, _, overload = rest.partition(".")
+        if space != "aten":
+            continue
+        op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+        if op is not None and torch._C.DispatchKey.Meta in op.py_kernels and op._can_decompose():
+            found.append(op)
+    return found
+
+
+@contextlib.contextmanager
+def meta_gradients() -> Iterator[None]:
+    """Gradients of composite ops on the meta device while AOTAutograd traces.
+
+    2.13: its Python dispatcher takes an op with a Meta kernel in Python for one that needs no decomposing, and so passes its autograd by:
+    the gradient of `F.cross_entropy` on meta tensors is zero, with a warning. Here such ops decompose first, as on other devices.
+    """
+    key = torch._C.DispatchKey.AutogradMeta
+    changed = [op for op in _without_meta_gradient() if key not in op.py_kernels]
+    for op in changed:
+        op.py_kernels[key] = op.decompose
+        op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op in changed:
+            del op.py_kernels[key]
+            op._dispatch_cache.clear()
 
 
 def boxed(gm: Any) -> Any:

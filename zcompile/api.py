@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, overload
 
 import torch
@@ -26,6 +27,19 @@ from zcompile.topology import Topology
 M = TypeVar("M", bound=nn.Module)
 C = TypeVar("C", bound=type[nn.Module])
 FLOATS = (torch.float32, torch.bfloat16)
+_REPLACED: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def replacing(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, `settings` stand in the place of what is said to `hierarchical_zero`: how `zcompile dump` runs a script for a machine of paper."""
+    before = dict(_REPLACED)
+    _REPLACED.update(settings)
+    try:
+        yield
+    finally:
+        _REPLACED.clear()
+        _REPLACED.update(before)
 
 
 @overload
@@ -55,6 +69,10 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
         ValueError, TypeError: bad settings, named with the valid ones, before anything is launched.
         AgreementError: the ranks were given different settings or models.
     """
+    if _REPLACED:
+        own = ("topology", "plan", "compute_dtype")
+        topology, plan, compute_dtype = (_REPLACED.get(name, value) for name, value in zip(own, (topology, plan, compute_dtype), strict=True))
+        options |= {name: value for name, value in _REPLACED.items() if name not in own}
     parsed = Options.parse(options)
     plan = Plan.parse(plan)
     if isinstance(topology, str):

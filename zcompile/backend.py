@@ -9,6 +9,7 @@ in which every field of the plan is visible. AOTAutograd's own cache, which woul
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import sys
@@ -30,6 +31,7 @@ from zcompile._torch_compat import (
     compile_fx_inner,
     generated_code,
     input_sources,
+    meta_gradients,
 )
 from zcompile.engine import Engine, current_engine
 from zcompile.options import Options
@@ -87,26 +89,25 @@ class Compilation:
         self.number = next(Compilation._numbers)
         self.decompositions: dict[Any, Any] = {}
         self.dump = self._dump()
-        self.observer = self.dump.observe if self.dump else None
+        self.observer = self.dump.observe
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        if self.dump:
-            self.dump.sources = input_sources(gm)
+        self.dump.sources = input_sources(gm)
         patches: dict[str, Any] = {"joint_custom_post_pass": GraphPass(self.joint, self.engine.plan.key), **pin.PATCHES}
         if not self.options.codegen:
             patches["pattern_matcher"] = (
                 False  # rewrites belong to code generation: without it the bits are those of eager torch
             )
             patches["joint_graph_constant_folding"] = False
-        with aot_cache_off():
+        on_paper = meta_gradients() if self.engine.device.type == "meta" else contextlib.nullcontext()
+        with aot_cache_off(), on_paper:
             return compile_fx(gm, example_inputs, self.half, patches, None if self.options.codegen else {})
 
     def joint(self, gm: GraphModule) -> None:
         """On the joint graph (and on an inference graph, before `half`)."""
         context = self._context("joint")
         runner.run(gm, passes.JOINT, context, self.observer)
-        if self.dump:
-            self.dump.finish(gm, context)
+        self.dump.finish(context)
 
     def half(self, gm: GraphModule, example_inputs: Sequence[Any], **details: Any) -> Callable[[list[Any]], Any]:
         """On the forward, backward or inference graph: what Inductor calls to compile it."""
@@ -132,9 +133,9 @@ class Compilation:
                     f"zcompile: {program.name}: code {program.code} in {taken:.1f} s, passes {together - taken:.1f} s"
                 )
                 print(line, file=sys.stderr, flush=True)
-        if self.dump:
-            context.seconds = program.seconds
-            self.dump.finish(gm, context, program.code)
+        context.seconds = program.seconds
+        self.dump.finish(context, program.code)
+        self.engine.keep(self.dump.step)
         self.engine.programs.append(program)
         return program.entry()
 
@@ -158,13 +159,14 @@ class Compilation:
         options, name = self.options, f"graph {self.number} {stage}"
         return Context(stage, self.engine.plan, name=name, overlap=options.overlap, memory=options.memory)
 
-    def _dump(self) -> Dump | None:
-        folder = self.options.dump_folder
-        if not folder:
-            return None
+    def _dump(self) -> Dump:
         from zcompile.debug.dump import Dump
 
-        return Dump(folder, self.engine.runtime.rank, self.number)
+        options, rank = self.options, self.engine.runtime.rank
+        ranks = options.dumping_ranks(self.engine.plan.topology.world_size)
+        specs = [spec for unit in self.engine.units for spec in unit.specs]
+        folder = options.dump_folder if rank in ranks else ""
+        return Dump(folder, rank, self.number, specs, with_views=rank == min(ranks))
 
 
 def _described(value: Any) -> str:

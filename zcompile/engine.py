@@ -46,6 +46,8 @@ class _Reading:
 READING = _Reading()
 _ENGINES: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
 _count = 0
+_KEPT = 8
+"""Compilations that an engine remembers."""
 
 
 def current_engine() -> Engine | None:
@@ -108,6 +110,8 @@ class Engine:
         """The model's own compiled forward; None if it is compiled from outside or not at all."""
         self.call: _Call | None = None
         self.programs: list[Any] = []
+        self.steps: dict[int, Any] = {}
+        """What zcompile.explain shows: the last compilations, by number."""
         self._checksums: dict[Unit, Tensor] = {}
 
     # -- forward ---------------------------------------------------------------------------------------------------------------
@@ -275,6 +279,13 @@ class Engine:
         from zcompile.debug.report import compile_report
 
         return compile_report(self.programs)
+
+    def keep(self, step: Any) -> None:
+        """Remember a compilation for zcompile.explain; the oldest is forgotten."""
+        if step is not None:
+            self.steps[step.number] = step
+            for number in sorted(self.steps)[:-_KEPT]:
+                del self.steps[number]
 
     def whole_master(self, slot: Slot) -> Tensor:
         """The whole parameter, fp32, from the masters on all ranks; every rank calls it. Not a transfer of a step: not counted."""

@@ -66,7 +66,7 @@ def observe(place: str, number: int = 0, rank: int = 0) -> Dump:
     hand, made = lowered(), Dump(place, rank, number)
     for name in ("input", "lower"):
         made.observe(hand.gm, hand.context, name)
-    made.finish(hand.gm, hand.context)
+    made.finish(hand.context)
     return made
 
 
@@ -78,7 +78,7 @@ def test_an_earlier_jobs_dump_is_kept_and_a_warning_says_where_the_new_one_is(tm
     observe(str(tmp_path))
     observe(str(tmp_path), number=1)
     old = (tmp_path / "rank0" / "graph0.forward" / "00-input.txt").read_text()
-    files._claimed.clear()  # as another process would find it
+    files._places.clear()  # as another process would find it
     with pytest.warns(UserWarning, match=r"holds another job's dump; this job's is in .*rank0\.2"):
         observe(str(tmp_path))
     observe(str(tmp_path), rank=3)
@@ -205,7 +205,7 @@ def test_a_graph_of_ten_thousand_nodes_is_written_in_seconds(tmp_path: Path) -> 
     hand.run(*LOWERED)
     begin = time.perf_counter()
     made.observe(hand.gm, hand.context, "lower")
-    made.finish(hand.gm, hand.context)
+    made.finish(hand.context)
     took += time.perf_counter() - begin
     assert len(hand.gm.graph.nodes) > 10_000
     assert took < 30, took

@@ -143,12 +143,14 @@ def _texts(folder: Path) -> dict[Key, tuple[str, ...]]:
         for file in place.glob("*.txt"):
             number, _, name = file.stem.partition("-")
             if number.isdigit():
-                found[(*where, int(number), name)] = _program(file)
+                key: Key = (*where, int(number), name)
+                found[key] = _program(file)
             elif file.name == "summary.txt":
                 lines = file.read_text(encoding="utf-8").split("\n")
                 collectives = _section(lines, "collectives, in order")[1:]
-                found[(*where, -1, "")] = tuple(_section(lines, "plan "))
-                found[(*where, _LAST, "collectives, in order")] = tuple(_NUMBERED.sub("", line) for line in collectives)
+                plan, last = (*where, -1, ""), (*where, _LAST, "collectives, in order")
+                found[plan] = tuple(_section(lines, "plan "))
+                found[last] = tuple(_NUMBERED.sub("", line) for line in collectives)
     return found
 
 

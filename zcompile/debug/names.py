@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -27,9 +28,12 @@ _FORWARD, _BACKWARD = "nn_module_stack", "fwd_nn_module_stack"
 
 def printable(text: str) -> str:
     """`text` with control characters, line ends and lone surrogates escaped: a module may be called anything, and a node has one line."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+@cache
 def path(text: str) -> str:
     """The path of a module or a tensor as Dynamo writes it, as a user would: "L['self']._modules['blocks'][0].up" -> "blocks.0.up".
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -114,9 +115,15 @@ def source(node: Node) -> str:
     trace = node.meta.get("stack_trace")
     frames = _FRAME.findall(trace) if isinstance(trace, str) else []
     for path, line in reversed(frames):
-        if not os.path.abspath(path).startswith(_OURS):
+        if is_users(path):
             return f"{printable(os.path.basename(path))}:{line}"
     return ""
+
+
+@cache
+def is_users(path: str) -> bool:
+    """Whether a file is neither torch's nor ours."""
+    return not os.path.abspath(path).startswith(_OURS)
 
 
 def describe_inputs(gm: GraphModule) -> dict[str, Inputs]:
@@ -262,6 +269,11 @@ def lines(gm: GraphModule, inputs: Mapping[str, Inputs], stage: str, names: Name
     names.update(gm)
     text = Text(names, inputs, stage)
     return [text.line(node) for node in gm.graph.nodes]
+
+
+def line(name: str, value: str, what: str, source: str) -> str:
+    """The same from what is known of a node."""
+    return _columns((name, value, what, source))
 
 
 def numbered(rows: Sequence[str]) -> list[str]:
