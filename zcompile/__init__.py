@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from zcompile.api import (
+    explain,
     feedback_state,
     full_state_dict,
     hierarchical_zero,
@@ -20,6 +21,7 @@ __all__ = [
     "Rule",
     "Topology",
     "WireFormat",
+    "explain",
     "feedback_state",
     "full_state_dict",
     "hierarchical_zero",

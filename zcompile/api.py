@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,9 @@ from zcompile.plan import Plan, ResolvedPlan
 from zcompile.runtime import Runtime
 from zcompile.topology import Topology
 
+if TYPE_CHECKING:
+    from zcompile.debug.explain import Explanation
+
 M = TypeVar("M", bound=nn.Module)
 C = TypeVar("C", bound=type[nn.Module])
 FLOATS = (torch.float32, torch.bfloat16)
@@ -32,7 +35,7 @@ _REPLACED: dict[str, Any] = {}
 
 @contextlib.contextmanager
 def replacing(settings: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, `settings` stand in the place of what is said to `hierarchical_zero`: how `zcompile dump` runs a script for a machine of paper."""
+    """Inside, `settings` stand in the place of what is said to `hierarchical_zero`: so a script is dumped for another machine."""
     before = dict(_REPLACED)
     _REPLACED.update(settings)
     try:
@@ -71,7 +74,8 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
     """
     if _REPLACED:
         own = ("topology", "plan", "compute_dtype")
-        topology, plan, compute_dtype = (_REPLACED.get(name, value) for name, value in zip(own, (topology, plan, compute_dtype), strict=True))
+        given: tuple[Any, ...] = (topology, plan, compute_dtype)
+        topology, plan, compute_dtype = (_REPLACED.get(name, value) for name, value in zip(own, given, strict=True))
         options |= {name: value for name, value in _REPLACED.items() if name not in own}
     parsed = Options.parse(options)
     plan = Plan.parse(plan)
@@ -231,7 +235,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return plain.view(torch.int32 if plain.dtype == torch.float32 else torch.int16).to(torch.int64)
 
 
-def _engine(model: Any, caller: str) -> Engine:
+def engine_of(model: Any, caller: str) -> Engine:
     inner = getattr(model, "_orig_mod", model)
     if not isinstance(inner, Root):
         raise TypeError(f"zcompile.{caller}: {type(model).__name__} was not wrapped by hierarchical_zero")
@@ -240,7 +244,7 @@ def _engine(model: Any, caller: str) -> Engine:
 
 def full_state_dict(model: nn.Module) -> dict[str, Any]:
     """Plain tensors, names and shapes as the plain model's, fp32 as the masters; copies, on every rank. Every rank calls it."""
-    engine = _engine(model, "full_state_dict")
+    engine = engine_of(model, "full_state_dict")
     slots = {name: slot for slot in engine.slots for name in slot.names}
     wholes: dict[str, Tensor] = {}
     out: dict[str, Any] = {}
@@ -267,7 +271,25 @@ def ledger(model: nn.Module) -> dict[str, Any]:
     columns come from the closed forms, from the collective nodes of the graphs that ran, and from the process groups; they are equal, or
     something is wrong.
     """
-    return traffic.report(_engine(model, "ledger"))
+    return traffic.report(engine_of(model, "ledger"))
+
+
+def explain(model: nn.Module, rows: int = 20, sort: str = "exposed") -> Explanation:
+    """What the compiler did to a wrapped model that has run: programs, ledger, timeline, and why hops are waited for.
+
+    Printed it is tables; in a notebook it is the page that a dump has as report.html (with bokeh: the extra `report`).
+
+    Args:
+        rows: parameters and hops that are printed; sort: order of the parameters, one of "exposed", "bytes", "name".
+
+    Raises:
+        TypeError: the model was not wrapped by hierarchical_zero.
+        ValueError: another order; nothing was compiled so far.
+    """
+    from zcompile.debug.explain import Explanation
+
+    steps = engine_of(model, "explain").steps
+    return Explanation([steps[number] for number in sorted(steps)], rows, sort)
 
 
 def feedback_state(model: nn.Module) -> dict[str, dict[str, DTensor]]:
@@ -275,7 +297,7 @@ def feedback_state(model: nn.Module) -> dict[str, dict[str, DTensor]]:
 
     {topology key: {"parameter.reduce" or "parameter.sync": DTensor [ranks, elements] fp32}}; the tensors are the state itself.
     """
-    return feedback.feedback_state(model, _engine(model, "feedback_state"))
+    return feedback.feedback_state(model, engine_of(model, "feedback_state"))
 
 
 def load_feedback_state(model: nn.Module, checkpoint: str | os.PathLike[str], prefix: str = "feedback") -> bool:
@@ -285,9 +307,9 @@ def load_feedback_state(model: nn.Module, checkpoint: str | os.PathLike[str], pr
         False if the checkpoint holds none for this topology and plan (it was saved on another world, say): the state then begins at
         zero, and rank 0 says so.
     """
-    return feedback.load(model, _engine(model, "load_feedback_state"), checkpoint, prefix)
+    return feedback.load(model, engine_of(model, "load_feedback_state"), checkpoint, prefix)
 
 
 def mark_written(model: nn.Module) -> None:
     """Announce a write to the masters that torch does not count (through `p.data`): the next forward refreshes every copy."""
-    _engine(model, "mark_written").mark_written()
+    engine_of(model, "mark_written").mark_written()

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-
 _RANKS = r"|all|\d+(,\d+)*"
 _RANKS_HELP = "must be ranks, as '0' or '0,8,16', or 'all'"
 

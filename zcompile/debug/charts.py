@@ -65,7 +65,15 @@ def _same(renderer: Any) -> None:
 
 
 def _timeline(time: Range1d, line: Span) -> Any:
-    plot = _plain("timeline", sizing_mode="stretch_both", min_border_left=72, min_border_right=16, x_range=time, y_range=Range1d(0, 1), tools="")
+    plot = _plain(
+        "timeline",
+        sizing_mode="stretch_both",
+        min_border_left=72,
+        min_border_right=16,
+        x_range=time,
+        y_range=Range1d(0, 1),
+        tools="",
+    )
     _tools(plot, "width")
     plot.add_tools(BoxZoomTool(dimensions="width"))
     spans = _quads(plot, "spans", line_color=None)
@@ -75,9 +83,15 @@ def _timeline(time: Range1d, line: Span) -> Any:
     lit.data_source.data["edge"] = []
     arrows = ColumnDataSource({"x0": [], "y0": [], "x1": [], "y1": []}, name="timeline-arrows")
     plot.segment("x0", "y0", "x1", "y1", source=arrows, line_width=1.5, line_color="#888888", name="arrows")
-    for renderer in (veil, lit):
-        renderer.level = "overlay"
-    plot.add_tools(HoverTool(renderers=[spans], tooltips=None, callback=_call("hoverSpan"), point_policy="follow_mouse"))
+    veil.level = lit.level = "glyph"  # in this order, over the spans
+    phases = _quads(plot, "phases", line_color=None)
+    phases.level = "underlay"
+    names = ColumnDataSource({"x": [], "y": [], "text": [], "color": []}, name="timeline-names")
+    plot.text("x", "y", "text", source=names, text_color="color", text_baseline="middle", text_font_size="11px", name="names",
+              x_offset=4, text_font=value("system-ui, sans-serif"))  # fmt: skip
+    plot.add_tools(
+        HoverTool(renderers=[spans], tooltips=None, callback=_call("hoverSpan"), point_policy="follow_mouse")
+    )
     plot.add_tools(TapTool(renderers=[spans], callback=_call("tapSpan")), CrosshairTool(overlay=line))
     plot.js_on_event("tap", _call("tapTimeline", "cb_obj"))
     plot.yaxis.ticker = FixedTicker(ticks=[])
@@ -87,20 +101,38 @@ def _timeline(time: Range1d, line: Span) -> Any:
 
 
 def _memory(time: Range1d, line: Span) -> Any:
-    plot = _plain("memory", sizing_mode="stretch_width", height=150, min_border_left=72, min_border_right=16, x_range=time, y_range=Range1d(0, 1), tools="")
+    plot = _plain(
+        "memory",
+        sizing_mode="stretch_width",
+        height=150,
+        min_border_left=72,
+        min_border_right=16,
+        x_range=time,
+        y_range=Range1d(0, 1),
+        tools="",
+    )
     _tools(plot, "width")
     columns = ("at", "total", *(f"{owner}{end}" for owner in OWNERS for end in ("_from", "_to")))
     # Bokeh 3.9 does not return from drawing an area of no points.
     source = ColumnDataSource({column: [0, 0] for column in columns}, name="memory-owners")
     for owner in OWNERS:
         plot.varea_step(
-            "at", f"{owner}_from", f"{owner}_to", source=source, step_mode="after", name=owner, fill_color="#888888", fill_alpha=0.85
+            "at",
+            f"{owner}_from",
+            f"{owner}_to",
+            source=source,
+            step_mode="after",
+            name=owner,
+            fill_color="#888888",
+            fill_alpha=0.85,
         )
     total = plot.step("at", "total", source=source, mode="after", line_alpha=0.0, name="total")
-    plot.add_tools(HoverTool(renderers=[total], tooltips=None, mode="vline", line_policy="prev", callback=_call("hoverMemory")))
+    plot.add_tools(
+        HoverTool(renderers=[total], tooltips=None, mode="vline", line_policy="prev", callback=_call("hoverMemory"))
+    )
     plot.add_tools(CrosshairTool(overlay=line))
     plot.axis.minor_tick_line_color = plot.axis.axis_line_color = None
-    plot.yaxis.axis_label, plot.xaxis.visible = "GB", False
+    plot.xaxis.visible = False
     return plot
 
 

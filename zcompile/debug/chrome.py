@@ -33,7 +33,9 @@ def _events(step: Step) -> list[dict[str, Any]]:
     for number, lane in enumerate(lanes):
         name = lane if lane == COMPUTE else f"{lane} links"
         out.append({"ph": "M", "pid": process, "tid": number, "name": "thread_name", "args": {"name": name}})
-        out.append({"ph": "M", "pid": process, "tid": number, "name": "thread_sort_index", "args": {"sort_index": number}})
+        out.append(
+            {"ph": "M", "pid": process, "tid": number, "name": "thread_sort_index", "args": {"sort_index": number}}
+        )
     for span in timeline.spans:
         out.append(_span(step, span, process, lanes.index(span.lane)))
     for number, hop in enumerate(timeline.hops):

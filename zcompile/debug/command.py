@@ -1,8 +1,8 @@
 """`zcompile dump`: what the compiler does to a model, for any machine and number of ranks, in one process without a GPU.
 
-    zcompile dump my_model:make --topology frontier:48 --plan zero_topo --out DIR     make() -> (model, inputs)
-    zcompile dump gpt-neox-20b --out DIR                                              a named shape, on the meta device
-    zcompile dump train.py --topology 2x2x2 --out DIR -- --steps 3                    a script, stopped after its first step
+zcompile dump my_model:make --topology frontier:48 --plan zero_topo --out DIR     make() -> (model, inputs)
+zcompile dump gpt-neox-20b --out DIR                                              a named shape, on the meta device
+zcompile dump train.py --topology 2x2x2 --out DIR -- --steps 3                    a script, stopped after its first step
 """
 
 from __future__ import annotations
@@ -31,11 +31,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     parser.epilog, parser.formatter_class = __doc__, argparse.RawDescriptionHelpFormatter
-    option("model", metavar="MODEL", help=f"module:function or file.py:function that returns (model, inputs); a script; {', '.join(SHAPES)}")
+    option(
+        "model",
+        metavar="MODEL",
+        help=f"module:function or file.py:function that returns (model, inputs); a script; {', '.join(SHAPES)}",
+    )
     option("--topology", default="frontier:48", help="a machine or sizes, fastest first (default: %(default)s)")
     option("--plan", help="a preset (default: zero_topo, or what a script says)")
-    option("--out", type=Path, metavar="DIR", help="folder for the dump; without it the tables are printed and nothing is kept")
-    option("--compute-dtype", choices=list(DTYPES), help="dtype in which weights are gathered (default: the model's; bf16 for named shapes)")
+    option(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the dump; without it the tables are printed and nothing is kept",
+    )
+    option(
+        "--compute-dtype",
+        choices=list(DTYPES),
+        help="dtype in which weights are gathered (default: the model's; bf16 for named shapes)",
+    )
     option("--overlap", type=int, help="buckets in flight (default: 0, or what a script says)")
     option("--memory", type=int, metavar="BYTES", help="bound for what is in flight (default: none)")
     option("--micro-batches", type=int, default=1, metavar="N", help="of a step (default: %(default)s)")
@@ -43,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--eval", action="store_true", help="a forward without gradient instead of a step")
     option("--rank", type=int, default=0, metavar="N", help="whose programs (default: %(default)s)")
     option("--sort", choices=tables.SORTS, default="exposed", help="order of the parameters (default: %(default)s)")
-    option("--rows", type=int, default=20, metavar="N", help="parameters and hops that are printed (default: %(default)s)")
+    option(
+        "--rows", type=int, default=20, metavar="N", help="parameters and hops that are printed (default: %(default)s)"
+    )
     option("--json", metavar="FILE", help="write the ledger there ('-': standard output) instead of printing it")
     option("arguments", nargs="*", metavar="-- ARGUMENT", help="of a script")
 
@@ -64,7 +79,10 @@ def command(arguments: argparse.Namespace) -> int:
         print(f"zcompile dump: {error}", file=sys.stderr)
         return 2
     if not steps:
-        print(f"zcompile dump: {arguments.model} compiled nothing: is its model wrapped by hierarchical_zero, and run?", file=sys.stderr)
+        print(
+            f"zcompile dump: {arguments.model} compiled nothing: is its model wrapped by hierarchical_zero, and run?",
+            file=sys.stderr,
+        )
         return 1
     found = [step.as_dict() for step in steps]
     if write_json(found, arguments.json):
@@ -115,7 +133,15 @@ def _prepare(arguments: argparse.Namespace) -> Any:
 
     def run() -> None:
         model, inputs = _model(arguments, settings)
-        paper.dump(model, inputs, topology, rank=arguments.rank, micro_batches=arguments.micro_batches, backward=not arguments.eval, **settings)
+        paper.dump(
+            model,
+            inputs,
+            topology,
+            rank=arguments.rank,
+            micro_batches=arguments.micro_batches,
+            backward=not arguments.eval,
+            **settings,
+        )
 
     if arguments.model not in SHAPES:
         paper.target(arguments.model)  # that it is there is known before anything is built
@@ -134,5 +160,7 @@ def _model(arguments: argparse.Namespace, settings: dict[str, Any]) -> tuple[nn.
     found = paper.target(arguments.model)()
     if not (isinstance(found, (tuple, list)) and len(found) == 2 and isinstance(found[0], nn.Module)):
         kind = f"a {type(found).__name__}" if not isinstance(found, (tuple, list)) else f"{len(found)} things"
-        raise TypeError(f"model {arguments.model!r}: must return (model, inputs), a torch.nn.Module first; it returned {kind}")
+        raise TypeError(
+            f"model {arguments.model!r}: must return (model, inputs), a torch.nn.Module first; it returned {kind}"
+        )
     return found[0], found[1]

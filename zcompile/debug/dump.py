@@ -154,11 +154,10 @@ class Dump:
             lines = text.lines(gm, self._inputs, stage, self._names[stage])
         if self.whole or last:
             self._add(found, pass_name, lines, context)
-        if last:
-            if stage != "joint":
-                self.step.play(gm, stage)
-                found.traffic = traffic(gm)
-                found.collectives = [collective_of(node) for node in find(gm.graph, *TRAFFIC)]
+        if last and stage != "joint":
+            self.step.play(gm, stage)
+            found.traffic = traffic(gm)
+            found.collectives = [collective_of(node) for node in find(gm.graph, *TRAFFIC)]
 
     def _add(self, found: Record, pass_name: str, lines: list[str], context: Context) -> None:
         before = found.programs[-1] if found.programs else None
@@ -177,13 +176,17 @@ class Dump:
         self._write(context.stage, file, [title, *notes, "", *text.numbered(program.lines)])
         if program.changes:
             before = f"{number - 1:02d}-{programs[-2].name}.txt"
-            self._write(context.stage, file.removesuffix(".txt") + ".diff", [f"--- {before}", f"+++ {file}", *program.changes])
+            self._write(
+                context.stage, file.removesuffix(".txt") + ".diff", [f"--- {before}", f"+++ {file}", *program.changes]
+            )
 
     def _name(self, gm: GraphModule, stage: str) -> Names:
         """Names for the graph of a stage: those of the joint graph that it was cut from, where there was one."""
         joint = self._names.get("joint")
         given = {name: text.input_name(roles) for name, roles in self._inputs.items() if roles}
-        plain = [node.name for node in gm.graph.nodes if node.op == "placeholder" and not node.name.startswith("tangents")]
+        plain = [
+            node.name for node in gm.graph.nodes if node.op == "placeholder" and not node.name.startswith("tangents")
+        ]
         if len(plain) == len(self.sources):
             given = {name: path(source) for name, source in zip(plain, self.sources, strict=True)} | given
         return Names(joint.export() if joint and stage != "joint" else None, given)

@@ -30,14 +30,14 @@ def tree(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         path = INPUTS if row.kind == "input" else row.module
         if path not in known:
-            chain, parts = [0], path.split(".")
+            outer, parts = [0], path.split(".")
             for end in range(1, len(parts) + 1):
                 prefix = ".".join(parts[:end])
                 if prefix not in numbers:
                     numbers[prefix] = len(modules)
-                    modules.append({"path": prefix, "parent": chain[-1], "layers": [], "rows": 0})
-                chain.append(numbers[prefix])
-            known[path] = tuple(chain)
+                    modules.append({"path": prefix, "parent": outer[-1], "layers": [], "rows": 0})
+                outer.append(numbers[prefix])
+            known[path] = tuple(outer)
         chains.append(known[path])
     graphs = [nx.DiGraph() for _ in modules]
     for number, chain in enumerate(chains):
@@ -52,8 +52,8 @@ def tree(rows: Sequence[Row]) -> list[dict[str, Any]]:
             a, b = _child(one, depth, source), _child(other, depth, number)
             if a != b:
                 graphs[one[depth]].add_edge(a, b)
-    for module, graph in zip(modules, graphs, strict=True):
-        module["layers"] = _layers(graph)
+    for entry, graph in zip(modules, graphs, strict=True):
+        entry["layers"] = _layers(graph)
     return modules
 
 

@@ -26,7 +26,9 @@ STAGES = ("joint", *LOWERED)
 
 def page(steps: Sequence[Step]) -> str:
     """The page of these steps."""
-    return render([step_data(step) for step in steps], [graph_data(record) for step in steps for record in _records(step)])
+    return render(
+        [step_data(step) for step in steps], [graph_data(record) for step in steps for record in _records(step)]
+    )
 
 
 def render(steps: Sequence[Mapping[str, Any]], graphs: Sequence[Mapping[str, Any]]) -> str:
@@ -85,7 +87,8 @@ def step_data(step: Step) -> dict[str, Any]:
     wait_of = {(hop.phase, hop.wait): number for number, hop in enumerate(timeline.hops) if hop.wait}
     refresh_of = {(hop.level, hop.begin): number for number, hop in enumerate(timeline.hops) if not hop.node}
     columns: dict[str, list[Any]] = {
-        key: [] for key in ("lane", "name", "begin", "end", "kind", "phase", "row", "hop", "bytes", "wire", "parameters")
+        key: []
+        for key in ("lane", "name", "begin", "end", "kind", "phase", "row", "hop", "bytes", "wire", "parameters")
     }
     for span in timeline.spans:
         record = step.records.get(span.phase)
@@ -104,7 +107,9 @@ def step_data(step: Step) -> dict[str, Any]:
         columns["hop"].append(hop)
         columns["bytes"].append(span.bytes)
         columns["wire"].append(span.wire)
-        columns["parameters"].append([number_of[printable(name)] for name in span.parameters if printable(name) in number_of])
+        columns["parameters"].append(
+            [number_of[printable(name)] for name in span.parameters if printable(name) in number_of]
+        )
     title = ", ".join(data["graphs"]) or f"compilation {step.number}"
     memory = {owner: [each.bytes.get(owner, 0) for each in timeline.memory] for owner in OWNERS}
     return {

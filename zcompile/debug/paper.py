@@ -77,7 +77,9 @@ def step(model: nn.Module, inputs: Any, micro_batches: int = 1, backward: bool =
         output = wrapped(*arguments, **named)
         trained = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not trained:
-            raise ValueError("the model's output holds no tensor that requires a gradient; --eval dumps a forward alone")
+            raise ValueError(
+                "the model's output holds no tensor that requires a gradient; --eval dumps a forward alone"
+            )
         loss = next((leaf for leaf in trained if leaf.numel() == 1), None)
         total = loss if loss is not None else torch.stack([leaf.float().mean() for leaf in trained]).sum()
         total.sum().backward()
@@ -91,7 +93,9 @@ def dump(model: nn.Module, inputs: Any, topology: Topology, plan: Plan | str, ra
         ValueError, TypeError: as hierarchical_zero and `step`.
     """
     with world(topology, rank):
-        wrapped = api.hierarchical_zero(model, topology=topology, plan=plan, **{"codegen": False, "fullgraph": False, **settings})
+        wrapped = api.hierarchical_zero(
+            model, topology=topology, plan=plan, **{"codegen": False, "fullgraph": False, **settings}
+        )
         step(wrapped, inputs, micro_batches, backward)
         return wrapped
 

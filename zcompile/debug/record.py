@@ -1,4 +1,4 @@
-"""What views know of one graph: its nodes as rows, its program after each pass. Plain data, taken before code generation changes the graph."""
+"""What views know of one graph: its nodes as rows, its program after each pass. Plain data, taken before code is generated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from zcompile.cost import Bytes
 from zcompile.debug import text
 from zcompile.debug.names import Names, module_of, printable
-from zcompile.passes.nodes import QUANTIZERS, TRAFFIC, TRANSFER, WAIT, Collective, collective_of
+from zcompile.passes.nodes import QUANTIZERS, TRAFFIC, TRANSFER, VIEWS_AND_CASTS, WAIT, Collective, collective_of
 
 KINDS = ("input", "output", "compute", "quantize", "wait", "gather", "reduce", "sync", "back")
 """Of a row: what it is drawn as. A launch is of the kind of its transfer."""
@@ -86,9 +86,11 @@ class Record:
     code: str = ""
     """Where its code came from."""
 
+    _at: dict[str, int] = field(default_factory=dict, repr=False)
+
     def at(self, fx: str) -> int:
         """The number of the row of an FX node; -1: none."""
-        if not hasattr(self, "_at") or len(self._at) != len(self.rows):
+        if len(self._at) != len(self.rows):
             self._at = {row.fx: number for number, row in enumerate(self.rows)}
         return self._at.get(fx, -1)
 
@@ -136,13 +138,13 @@ def _kind(node: Node) -> str:
 
 
 def _users(wait: Node) -> list[Node]:
-    """Who reads what a transfer brings: the first nodes behind a wait that are no part of a transfer."""
+    """Who reads what a transfer brings: the first nodes behind a wait that are no part of a transfer and no mere view of it."""
     found: dict[Node, None] = {}
     seen = {wait}
     queue = [wait]
     while queue:
         for user in queue.pop().users:
-            if TRANSFER not in user.meta:
+            if TRANSFER not in user.meta and user.target not in VIEWS_AND_CASTS:
                 found[user] = None
             elif user not in seen:
                 seen.add(user)
@@ -160,4 +162,3 @@ def _code(node: Node) -> str:
         if text.is_users(path):
             return printable(code.strip())
     return ""
-

@@ -119,7 +119,9 @@ class Step:
             for name in hop.parameters:
                 carries.setdefault(name, []).append(number)
         exposed = self.timeline.exposed_by("parameters")
-        return [self._parameter(spec, [(i, hops[i]) for i in carries.get(spec.name, ())], exposed) for spec in self.specs]
+        return [
+            self._parameter(spec, [(i, hops[i]) for i in carries.get(spec.name, ())], exposed) for spec in self.specs
+        ]
 
     def _parameter(self, spec: ParamSpec, hops: list[tuple[int, Hop]], exposed: dict[str, float]) -> dict[str, Any]:
         places = ("whole", *spec.levels)
@@ -206,7 +208,8 @@ def refreshes(specs: Iterable[ParamSpec]) -> list[Refresh]:
 def state_bytes(specs: Sequence[ParamSpec]) -> dict[str, int]:
     """Model state on one rank while a step runs, AdamW's moments included: see zcompile.cost.state_bytes."""
     copies = {
-        spec.name: int(spec.stored.text != "fp32" or spec.layout.extents[spec.w] != spec.layout.shards) for spec in specs
+        spec.name: int(spec.stored.text != "fp32" or spec.layout.extents[spec.w] != spec.layout.shards)
+        for spec in specs
     }  # else the copy is the master
     return {**cost.state_bytes(specs, copies, accumulating=False), "gradient": 0}
 
@@ -219,4 +222,3 @@ def share(spec: ParamSpec, hop: Hop) -> int:
         if j == level and how == hop.transfer:
             return cost.hop_bytes(spec.layout, level, wire, how)
     return 0
-

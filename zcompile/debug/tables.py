@@ -25,7 +25,13 @@ def seconds(value: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if value >= scale or unit == "us":
             amount = value / scale
-            return f"{amount:.0f} {unit}" if amount >= 100 else f"{amount:.1f} {unit}" if amount >= 10 else f"{amount:.2f} {unit}"
+            return (
+                f"{amount:.0f} {unit}"
+                if amount >= 100
+                else f"{amount:.1f} {unit}"
+                if amount >= 10
+                else f"{amount:.2f} {unit}"
+            )
     raise AssertionError
 
 
@@ -87,8 +93,12 @@ def why(hops: Sequence[dict[str, Any]], most: int = 20) -> Group:
     """The hops that were not hidden, the longest waiting first, and what the reasons mean."""
     ordered = sorted(hops, key=lambda hop: (-hop["exposed"], hop["number"]))
     total = sum(hop["exposed"] for hop in hops)
-    title = f"{len(hops)} hops that were not hidden, {seconds(total)} together" + (f"; the longest {most}" if most < len(hops) else "")
-    table = _table(title, "hop", "phase", "level", "format", "bytes", "launch", "wait", "exposed", "hidden", "why", left=4)
+    title = f"{len(hops)} hops that were not hidden, {seconds(total)} together" + (
+        f"; the longest {most}" if most < len(hops) else ""
+    )
+    table = _table(
+        title, "hop", "phase", "level", "format", "bytes", "launch", "wait", "exposed", "hidden", "why", left=4
+    )
     for hop in ordered[:most]:
         reason = hop["reason"] + (f": {hop['cause']}" if hop["cause"] else "")
         places = [str(at) if at >= 0 else "" for at in (hop["launch"], hop["wait"])]
@@ -111,7 +121,19 @@ def parameters(step: dict[str, Any], most: int = 20, sort: str = "exposed") -> T
     rows = sorted(step["parameters"], key=keys[sort])
     names = [level["level"] for level in step["levels"]]
     title = f"{len(rows)} parameters" + (f"; the first {most} by {sort}" if most < len(rows) else f", by {sort}")
-    table = _table(title, "parameter", "shape", "W", "G", "O", "in backward", *(f"{name} B" for name in names), "waited for", "why", left=6)
+    table = _table(
+        title,
+        "parameter",
+        "shape",
+        "W",
+        "G",
+        "O",
+        "in backward",
+        *(f"{name} B" for name in names),
+        "waited for",
+        "why",
+        left=6,
+    )
     table.columns[-1].justify = "left"
     for row in rows[:most]:
         received = [sum(by.get(name, 0) for by in row["bytes"].values()) for name in names]

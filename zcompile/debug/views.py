@@ -12,7 +12,7 @@ import os
 import warnings
 from pathlib import Path
 
-from zcompile.debug import chrome, page, tables
+from zcompile.debug import chrome, tables
 from zcompile.debug.step import Step
 
 
@@ -37,6 +37,8 @@ class Views:
         self._write("ledger.txt", tables.as_text(books))
         self._write("trace.json", json.dumps(chrome.trace(steps)))
         if has_bokeh():
+            from zcompile.debug import page
+
             self._write("report.html", page.page(steps))
 
     def path(self, name: str) -> Path:

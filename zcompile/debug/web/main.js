@@ -42,7 +42,7 @@ Object.assign(zc, {
     });
     const heads = ["bytes received", ...Object.keys(step.levels[0]?.bytes ?? {}), "links busy", "waited for"].map((text) => this.make("th", text));
     document.getElementById("cards").replaceChildren(
-      card("step, expected", this.seconds(step.seconds), `on one ${step.device}`), card("computing", this.seconds(step.computing), "of it"),
+      card("step, expected", this.seconds(step.seconds), `by the data of: ${step.device}`), card("computing", this.seconds(step.computing), "of it"),
       card("waiting for transfers", this.seconds(step.exposed), `${share.toFixed(0)} % of the step`),
       card("memory at its peak", this.bytes(step.memory.peak), `${this.seconds(step.memory.at)} into the step`),
       this.make("div", "", "card", [this.make("table", "", "", [this.make("tr", "", "", heads), ...rows])]));

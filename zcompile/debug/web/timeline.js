@@ -16,8 +16,7 @@ zc.timeline = {
     const count = lanes.length, ms = (list) => list.map((value) => value * this.MS);
     this.top = (lane) => count - lanes.indexOf(lane) - 0.08;
     this.index();
-    this.plot.y_range.setv({ start: 0, end: count });
-    this.plot.y_range.setv({ reset_start: 0, reset_end: count });
+    this.plot.y_range.setv({ start: 0, end: count + 0.3, reset_start: 0, reset_end: count + 0.3 });
     const ticks = lanes.map((lane) => this.top(lane) - 0.42);
     const axis = this.plot.left[0];
     axis.ticker.ticks = ticks;
@@ -28,11 +27,13 @@ zc.timeline = {
     const n = spans.lane.length;
     this.left = ms(spans.begin); this.right = ms(spans.end);
     this.tops = spans.lane.map(this.top); this.bottoms = this.tops.map((top) => top - 0.84);
+    const peak = Math.max(1, zc.step.memory.peak), [unit, scale] = [["GB", 1e9], ["MB", 1e6], ["kB", 1e3], ["B", 1]].find(([, size]) => peak >= size);
+    this.memory.left[0].axis_label = unit;
     const at = [0, ...ms(owners.at), end], data = { at };
     let below = at.map(() => 0);
     for (const owner of this.OWNERS) {
       const values = [0, ...owners[owner], owners[owner].at(-1) ?? 0];
-      const above = below.map((value, i) => value + (values[i] || 0) / 1e9);
+      const above = below.map((value, i) => value + (values[i] || 0) / scale);
       data[`${owner}_from`] = below; data[`${owner}_to`] = above;
       below = above;
     }
@@ -63,11 +64,28 @@ zc.timeline = {
     this.fills = fill;
     this.source("timeline-spans").data = { left: this.left, right: this.right, top: this.tops, bottom: this.bottoms, fill, index: fill.map((_, i) => i) };
     for (const renderer of this.memory.renderers) if (this.OWNERS.includes(renderer.name)) renderer.glyph.setv({ fill_color: zc.colour(renderer.name) });
+    this.phases();
     const text = zc.colour("dim"), line = zc.colour("line");
     for (const plot of [this.plot, this.memory]) {
       for (const axis of [...plot.left, ...plot.below]) axis.setv({ major_label_text_color: text, axis_label_text_color: text, major_tick_line_color: line });
     }
     this.light(zc.selection);
+  },
+
+  // The strip above the lanes: which phase of the step the graph is in.
+  phases() {
+    const { spans, lanes } = zc.step, reach = new Map(), count = lanes.length;
+    spans.phase.forEach((phase, i) => {
+      if (spans.lane[i] !== "compute") return;
+      const [from, to] = reach.get(phase) ?? [Infinity, 0];
+      reach.set(phase, [Math.min(from, this.left[i]), Math.max(to, this.right[i])]);
+    });
+    const names = [...reach.keys()], ends = [...reach.values()], fill = zc.colour("module");
+    this.source("timeline-phases").data = {
+      left: ends.map((end) => end[0]), right: ends.map((end) => end[1]), top: names.map(() => count + 0.3), bottom: names.map(() => count + 0.02),
+      fill: names.map(() => fill), index: names.map((_, i) => i),
+    };
+    this.source("timeline-names").data = { x: ends.map((end) => end[0]), y: names.map(() => count + 0.16), text: names, color: names.map(() => zc.colour("dim")) };
   },
 
   // What a selection brings to light: its own spans, and those of what it is related to.
