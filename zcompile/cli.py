@@ -27,6 +27,10 @@ COMMANDS = {
         "zcompile.debug.compare",
         "where two dumps part: two ranks, two plans, two commits",
     ),
+    "measured": (
+        "zcompile.debug.measured",
+        "a torch.profiler trace of a dumped job's steps beside what was expected of them, in the dump's page",
+    ),
     "bytes": (
         "zcompile.compare_bytes",
         "bytes per level of a small GPT under native and quantised plans, beside FSDP2 and HSDP, counted on eight local processes",

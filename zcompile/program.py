@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch.profiler import record_function
+
+from zcompile._torch_compat import profiling
 from zcompile.cost import Bytes
 from zcompile.passes.nodes import Collective
 
@@ -56,4 +60,5 @@ class Program:
         engine.agree_on(self)
         self.runs += 1
         engine.traffic.program(self)
-        return self._code(inputs)
+        with record_function(f"zc {self.name}") if profiling() else contextlib.nullcontext():
+            return self._code(inputs)

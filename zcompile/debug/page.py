@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from zcompile.debug import modules
 from zcompile.debug.names import printable
 from zcompile.debug.record import Record
 from zcompile.debug.step import LOWERED, Step
@@ -27,7 +26,7 @@ STAGES = ("joint", *LOWERED)
 def page(steps: Sequence[Step]) -> str:
     """The page of these steps."""
     return render(
-        [step_data(step) for step in steps], [graph_data(record) for step in steps for record in _records(step)]
+        [step_data(step) for step in steps], [graph_data(record) for step in steps for record in records(step)]
     )
 
 
@@ -75,7 +74,7 @@ def _packed(name: str, data: Mapping[str, Any]) -> str:
     return f'<script type="application/gzip" id="{name}">{base64.b64encode(packed).decode()}</script>'
 
 
-def _records(step: Step) -> Iterable[Record]:
+def records(step: Step) -> Iterable[Record]:
     return (step.records[stage] for stage in STAGES if stage in step.records and step.records[stage].rows)
 
 
@@ -124,6 +123,8 @@ def step_data(step: Step) -> dict[str, Any]:
 
 def graph_data(record: Record) -> dict[str, Any]:
     """The nodes in columns, the modules, and each pass's program as numbers of lines in one table of different lines."""
+    from zcompile.debug.modules import tree
+
     table: dict[str, int] = {}
 
     def numbers(lines: Iterable[str]) -> list[int]:
@@ -147,7 +148,7 @@ def graph_data(record: Record) -> dict[str, Any]:
         "step": record.number,
         "code": record.code,
         "rows": {name: [getattr(row, name) for row in record.rows] for name in names},
-        "modules": modules.tree(record.rows),
+        "modules": tree(record.rows),
         "programs": programs,
         "table": list(table),
     }

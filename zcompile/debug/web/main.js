@@ -7,6 +7,7 @@ zc.tab = "time";
 Object.assign(zc, {
   async open(number) {
     this.step = await this.part(`step-${number}`);
+    this.timeline.mode = "expected";
     this.loaded = null; this.selection = null; this.held = false;
     this.stages = this.head.graphs.filter((graph) => graph.step === this.step.number).map((graph) => graph.stage);
     this.parameterOf = new Map(this.step.parameters.map((row, i) => [row.name, i]));
@@ -46,7 +47,16 @@ Object.assign(zc, {
       card("waiting for transfers", this.seconds(step.exposed), `${share.toFixed(0)} % of the step`),
       card("memory at its peak", this.bytes(step.memory.peak), `${this.seconds(step.memory.at)} into the step`),
       this.make("div", "", "card", [this.make("table", "", "", [this.make("tr", "", "", heads), ...rows])]));
-    const kinds = [...new Set(step.spans.kind)];
+    const { measured } = step, place = document.getElementById("measured");
+    place.hidden = !measured;
+    if (measured) {
+      this.choice(document.getElementById("modes"), ["expected", "measured"], this.timeline.mode, (mode) => this.timeline.turn(mode));
+      const part = Math.round(100 * measured.share), note = document.getElementById("matched");
+      note.textContent = `the last step in the trace took ${this.seconds(measured.seconds)}; ${part} % of the graphs' time was matched to nodes` +
+        (part < 50 ? ": too little to take the measured lanes for this program's" : "");
+      note.className = part < 50 ? "loud" : "hint";
+    }
+    const kinds = [...new Set(this.timeline.spans.kind)];
     document.getElementById("legend").replaceChildren(...[...kinds, ...this.timeline.OWNERS].map((kind, i) =>
       this.make("span", "", "", [this.swatch(kind), i < kinds.length ? kind : `${kind} (memory)`])));
   },

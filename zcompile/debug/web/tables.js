@@ -63,10 +63,10 @@ zc.detail = {
   row(phase, row) {
     const graph = zc.loaded?.[phase], rows = graph?.rows;
     if (!rows || row < 0) return this.put(phase || "step", "");
-    const spans = (zc.timeline.ofRow.get(`${phase} ${row}`) ?? []).map((i) => zc.step.spans.end[i] - zc.step.spans.begin[i]);
+    const { spans: all, ofRow, mode } = zc.timeline, spans = (ofRow.get(`${phase} ${row}`) ?? []).map((i) => all.end[i] - all.begin[i]);
     const hops = (zc.hopsOfUser.get(`${phase} ${row}`) ?? []).map((hop) => [this.hopName(hop), { hop }]);
     this.put(rows.name[row], `${phase}, line ${row}`, this.facts([
-      ["value", rows.value[row]], ["takes", spans.length ? zc.seconds(spans.reduce((a, b) => a + b)) : ""], ["module", rows.module[row]],
+      ["value", rows.value[row]], [mode === "measured" ? "took" : "takes", spans.length ? zc.seconds(spans.reduce((a, b) => a + b)) : ""], ["module", rows.module[row]],
     ]), zc.make("pre", rows.what[row]),
     ...this.links("waits for", hops),
     ...this.links("reads", rows.inputs[row].map((each) => [rows.name[each], { phase, row: each }])),

@@ -2,6 +2,17 @@
 // The timeline and memory under it. A selection is {hop}, {phase, row}, {parameter} or {module}; `light` shows what belongs to it.
 zc.timeline = {
   MS: 1e3,
+  mode: "expected",
+
+  get spans() { return this.mode === "measured" ? zc.step.measured.spans : zc.step.spans; },
+  get seconds() { return this.mode === "measured" ? zc.step.measured.seconds : zc.step.seconds; },
+
+  // Expected or measured, where a trace was read.
+  turn(mode) {
+    this.mode = mode;
+    this.fill();
+    zc.cards();
+  },
 
   async start() {
     const views = await Bokeh.embed.embed_item(zc.charts.time);
@@ -12,7 +23,7 @@ zc.timeline = {
   },
 
   fill() {
-    const { spans, lanes, owners } = zc.step;
+    const { lanes, owners } = zc.step, spans = this.spans;
     const count = lanes.length, ms = (list) => list.map((value) => value * this.MS);
     this.top = (lane) => count - lanes.indexOf(lane) - 0.08;
     this.index();
@@ -21,7 +32,7 @@ zc.timeline = {
     const axis = this.plot.left[0];
     axis.ticker.ticks = ticks;
     axis.major_label_overrides = new Map(lanes.map((lane, i) => [ticks[i], lane]));
-    const end = (zc.step.seconds || 1e-6) * this.MS, range = this.plot.x_range;
+    const end = (this.seconds || 1e-6) * this.MS, range = this.plot.x_range;
     range.setv({ start: -0.01 * end, end: 1.01 * end, reset_start: -0.01 * end, reset_end: 1.01 * end, bounds: [-0.05 * end, 1.05 * end] });
     this.whole = [-0.01 * end, 1.01 * end];
     const n = spans.lane.length;
@@ -39,6 +50,7 @@ zc.timeline = {
     }
     data.total = below;
     this.source("memory-owners").data = data;
+    this.memory.visible = this.mode === "expected";
     this.memory.y_range.setv({ start: 0, end: 1.08 * Math.max(1e-9, ...below) });
     this.colour();
     if (n === 0) zc.show(null);
@@ -48,7 +60,7 @@ zc.timeline = {
 
   // Whose span is where: by parameter, by hop, by row of a graph.
   index() {
-    const { spans } = zc.step;
+    const spans = this.spans;
     this.ofParameter = new Map(); this.ofHop = new Map(); this.ofRow = new Map();
     const add = (map, key, i) => (map.get(key) ?? map.set(key, []).get(key)).push(i);
     for (let i = 0; i < spans.lane.length; i++) {
@@ -59,7 +71,7 @@ zc.timeline = {
   },
 
   colour() {
-    const { spans } = zc.step, colours = new Map();
+    const spans = this.spans, colours = new Map();
     const fill = spans.kind.map((kind) => colours.get(kind) ?? colours.set(kind, zc.colour(kind)).get(kind));
     this.fills = fill;
     this.source("timeline-spans").data = { left: this.left, right: this.right, top: this.tops, bottom: this.bottoms, fill, index: fill.map((_, i) => i) };
@@ -74,7 +86,7 @@ zc.timeline = {
 
   // The strip above the lanes: which phase of the step the graph is in.
   phases() {
-    const { spans, lanes } = zc.step, reach = new Map(), count = lanes.length;
+    const { lanes } = zc.step, spans = this.spans, reach = new Map(), count = lanes.length;
     spans.phase.forEach((phase, i) => {
       if (spans.lane[i] !== "compute") return;
       const [from, to] = reach.get(phase) ?? [Infinity, 0];
@@ -135,7 +147,7 @@ zc.timeline = {
       left: pick(this.left), right: pick(this.right), top: pick(this.tops), bottom: pick(this.bottoms), fill: pick(this.fills), index: lit,
       edge: lit.map((_, i) => (i < other.length ? null : edge)),
     };
-    const waited = hops.map((hop) => zc.step.hops[hop]).filter((hop) => hop.wait >= 0 && hop.exposed > 0);
+    const waited = this.mode === "measured" ? [] : hops.map((hop) => zc.step.hops[hop]).filter((hop) => hop.wait >= 0 && hop.exposed > 0);
     this.source("timeline-arrows").data = {
       x0: waited.map((hop) => hop.end * this.MS), y0: waited.map((hop) => this.top(hop.level) - 0.42),
       x1: waited.map((hop) => hop.end * this.MS), y1: waited.map(() => this.top("compute") - 0.84),
@@ -154,7 +166,7 @@ zc.timeline = {
   },
 
   selectionOf(i) {
-    const { spans } = zc.step;
+    const spans = this.spans;
     return spans.hop[i] >= 0 ? { hop: spans.hop[i] } : { phase: spans.phase[i], row: spans.row[i] };
   },
 };
