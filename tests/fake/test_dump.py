@@ -71,7 +71,8 @@ def observe(place: str, number: int = 0, rank: int = 0) -> Dump:
 
 
 def tree(folder: Path) -> set[str]:
-    return {path.relative_to(folder).parts[0] + "/" + path.parent.name for path in folder.rglob("*.txt")}
+    found = (path.relative_to(folder).parts for path in folder.rglob("*.txt"))
+    return {f"{parts[0]}/{parts[-2]}" for parts in found if len(parts) > 1}
 
 
 def test_an_earlier_jobs_dump_is_kept_and_a_warning_says_where_the_new_one_is(tmp_path: Path) -> None:

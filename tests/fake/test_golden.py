@@ -29,7 +29,7 @@ SHOWN = [(stage, f"{number}.txt") for stage, files in STAGES.items() for number 
 
 def dump(_: int, folder: str, rank: int, plan: Any = "zero_topo", width: int = 8) -> list[str]:
     """A step of Tiny on `rank`; returns the paths of the dump's files."""
-    world.step(world.wrapped(rank, plan=plan, width=width, dump=folder))
+    world.step(world.wrapped(rank, plan=plan, width=width, dump=folder, dump_ranks=str(rank)))
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*.*") if path.is_file())
 
 

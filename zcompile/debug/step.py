@@ -118,12 +118,15 @@ class Step:
         for number, hop in enumerate(hops):
             for name in hop.parameters:
                 carries.setdefault(name, []).append(number)
-        exposed = self.timeline.exposed_by("parameters")
+        exposed, gathered = self.timeline.exposed_by("parameters"), self._gathered()
         return [
-            self._parameter(spec, [(i, hops[i]) for i in carries.get(spec.name, ())], exposed) for spec in self.specs
+            self._parameter(spec, [(i, hops[i]) for i in carries.get(spec.name, ())], exposed, gathered)
+            for spec in self.specs
         ]
 
-    def _parameter(self, spec: ParamSpec, hops: list[tuple[int, Hop]], exposed: dict[str, float]) -> dict[str, Any]:
+    def _parameter(
+        self, spec: ParamSpec, hops: list[tuple[int, Hop]], exposed: dict[str, float], gathered: dict[str, set[str]]
+    ) -> dict[str, Any]:
         places = ("whole", *spec.levels)
         received: dict[str, dict[str, int]] = {}
         for _, hop in hops:
@@ -142,26 +145,19 @@ class Step:
             "optimizer": places[spec.o],
             "bytes": received,
             "total": sum(sum(row.values()) for row in received.values()),
-            "backward": self._in_backward(spec),
+            "backward": _in_backward(printable(spec.name), gathered),
             "hops": [number for number, _ in hops],
             "exposed": exposed.get(spec.name, 0.0),
             "reason": worst.reason if worst is not None else "",
         }
 
-    def _in_backward(self, spec: ParamSpec) -> str:
-        """What becomes of the whole weight between forward and backward."""
-        read = {
-            stage: any(
-                row.transfer == "gather" and printable(spec.name) in row.parameters for row in self.records[stage].rows
-            )
+    def _gathered(self) -> dict[str, set[str]]:
+        """stage -> the parameters that its graph gathers."""
+        return {
+            stage: {name for row in self.records[stage].rows if row.transfer == "gather" for name in row.parameters}
             for stage in ("forward", "backward")
             if stage in self.records
         }
-        if "backward" not in read:
-            return ""
-        if read["backward"]:
-            return "gathered again" if read.get("forward") else "gathered"
-        return "not needed" if read.get("forward") else "not read"
 
     def memory(self) -> list[dict[str, Any]]:
         return [{"at": each.at, **each.bytes} for each in self.timeline.memory]
@@ -184,6 +180,16 @@ class Step:
             "hops": self.hops(),
             "parameters": self.parameters(),
         }
+
+
+def _in_backward(name: str, gathered: dict[str, set[str]]) -> str:
+    """What becomes of the whole weight between forward and backward."""
+    if "backward" not in gathered:
+        return ""
+    before = name in gathered.get("forward", ())
+    if name in gathered["backward"]:
+        return "gathered again" if before else "gathered"
+    return "not needed" if before else "not read"
 
 
 def refreshes(specs: Iterable[ParamSpec]) -> list[Refresh]:
