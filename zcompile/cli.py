@@ -78,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = importlib.import_module(module)
             found.add_arguments(command)
             command.set_defaults(run=found.command)
+            if getattr(found, "TAKES_MORE", False) and "--" in given:  # what follows it is not for us
+                at = given.index("--")
+                command.set_defaults(more=given[at + 1 :])
+                given = given[:at]
     arguments = parser.parse_args(given)
     code: int = arguments.run(arguments)
     return code

@@ -140,7 +140,7 @@ def unwritable(_: int, folder: str) -> float:
 
 def test_a_job_whose_dump_cannot_be_written_trains_on(paper: Pool, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    paper.run(unwritable, str(tmp_path / "taken"))
+    paper.run(unwritable, str(tmp_path / "taken"), timeout=300)
 
 
 def by_environment(_: int, folder: str) -> list[str]:
@@ -153,7 +153,7 @@ def by_environment(_: int, folder: str) -> list[str]:
 
 
 def test_the_environment_variable_asks_for_a_dump_too(paper: Pool, tmp_path: Path) -> None:
-    (found,) = paper.run(by_environment, str(tmp_path))
+    (found,) = paper.run(by_environment, str(tmp_path), timeout=300)
     assert found == ["graph0.backward", "graph0.forward", "graph0.joint"]
 
 
@@ -168,7 +168,7 @@ def second_door(_: int, folder: str) -> list[str]:
 
 
 def test_the_option_of_torch_compile_asks_for_it_and_each_graph_has_its_folder(paper: Pool, tmp_path: Path) -> None:
-    (found,) = paper.run(second_door, str(tmp_path))
+    (found,) = paper.run(second_door, str(tmp_path), timeout=300)
     assert found == ["graph0.backward", "graph0.forward", "graph0.joint", "graph1.inference", "graph1.joint"]
 
 
@@ -179,7 +179,7 @@ def report(_: int) -> str:
 
 
 def test_the_compile_report_has_a_line_a_graph_and_a_total(paper: Pool) -> None:
-    (shown,) = paper.run(report)
+    (shown,) = paper.run(report, timeout=300)
     rows = [line.split() for line in shown.splitlines()]
     assert rows[0][:2] == ["graph", "code"]
     assert [row[:6] for row in rows[1:3]] == [

@@ -38,14 +38,14 @@ def dumped(paper: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dumps of ranks 0 and 5 of the same job."""
     folder = tmp_path_factory.mktemp("dump")
     for rank in (0, 5):
-        paper.run(dump, str(folder), rank)
+        paper.run(dump, str(folder), rank, timeout=300)
     return folder
 
 
 @pytest.fixture(scope="module")
 def dumped_quantized(paper: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
-    paper.run(dump, str(folder), 0, Plan.preset("zero_topo", gather="int8/32", reduce="int4/32"), 16)
+    paper.run(dump, str(folder), 0, Plan.preset("zero_topo", gather="int8/32", reduce="int4/32"), 16, timeout=300)
     return folder
 
 

@@ -131,7 +131,7 @@ def test_a_click_holds_what_is_lit_and_escape_lets_go(page: Page) -> None:
     page.run("zc.hover(null)")
     assert page.run("zc.selection") == {"hop": 0}
     page.driver.execute_script("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))")
-    assert page.run("zc.selection") is None
+    assert page.run("zc.held") is False  # what lies under the pointer may be lit again
 
 
 def test_search_finds_a_parameter_and_shows_it(page: Page) -> None:
@@ -201,7 +201,7 @@ def test_light_and_dark(page: Page) -> None:
     assert len(set(colours)) == 2
 
 
-def test_hovering_is_quick_and_nothing_was_complained_of(page: Page) -> None:
+def test_nothing_was_complained_of(page: Page) -> None:
     """The last of the module's tests: the console has heard nothing worse than a notice."""
     assert page.errors() == []
 

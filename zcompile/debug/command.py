@@ -25,6 +25,8 @@ from zcompile.plan import Plan
 from zcompile.shapes import SHAPES, Decoder
 from zcompile.topology import Topology
 
+TAKES_MORE = True
+"""What follows "--" is for the script."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -60,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, default=20, metavar="N", help="parameters and hops that are printed (default: %(default)s)"
     )
     option("--json", metavar="FILE", help="write the ledger there ('-': standard output) instead of printing it")
-    option("arguments", nargs="*", metavar="-- ARGUMENT", help="of a script")
+    parser.set_defaults(more=[])
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -104,8 +106,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
         raise ValueError(f"--out {arguments.out}: is no folder")
     is_script = arguments.model.endswith(".py")
-    if arguments.arguments and not is_script:
-        raise ValueError(f"arguments {' '.join(arguments.arguments)!r}: only a script takes any")
+    if arguments.more and not is_script:
+        raise ValueError(f"arguments {' '.join(arguments.more)!r}: only a script takes any")
     own = [name for name in ("micro_batches", "eval", "sequence") if getattr(arguments, name) not in (None, 1, False)]
     if is_script and own:
         raise ValueError(f"--{own[0].replace('_', '-')}: a script says that itself")
@@ -128,7 +130,7 @@ def _prepare(arguments: argparse.Namespace) -> Any:
         path = Path(arguments.model)
         if not path.is_file():
             raise ValueError(f"{path}: there is no such script")
-        return lambda: paper.script(path, arguments.arguments, topology, arguments.rank, settings)
+        return lambda: paper.script(path, arguments.more, topology, arguments.rank, settings)
     settings = {"plan": "zero_topo", **settings}
 
     def run() -> None:
