@@ -76,13 +76,23 @@ def run(paper: Pool, *arguments: str) -> tuple[int, str, str]:
 def test_dump_of_a_function_on_a_machine_that_is_not_here(paper: Pool, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MODEL)
     out = tmp_path / "out"
-    code, shown, _ = run(paper, "dump", f"{tmp_path}/mine.py:make", "--topology", "frontier:2", "--plan", "zero3", "--out", str(out))
+    code, shown, _ = run(
+        paper, "dump", f"{tmp_path}/mine.py:make", "--topology", "frontier:2", "--plan", "zero3", "--out", str(out)
+    )
     assert code == 0
-    assert {"rank0", "report.html", "ledger.json", "ledger.txt", "trace.json", "dump.json.gz"} == {p.name for p in out.iterdir()}
+    assert {"rank0", "report.html", "ledger.json", "ledger.txt", "trace.json", "dump.json.gz"} == {
+        p.name for p in out.iterdir()
+    }
     (step,) = json.loads((out / "ledger.json").read_text())
     assert step["topology"] == "2x4x2" and [row["weights"] for row in step["parameters"]][0] == "cluster"
     assert [row["backward"] for row in step["parameters"] if row["name"] == "2.weight"] == ["gathered again"]
-    for word in ("levels: bytes that one rank receives", "memory at its peak", "hops that were not hidden", "parameters", "report.html"):
+    for word in (
+        "levels: bytes that one rank receives",
+        "memory at its peak",
+        "hops that were not hidden",
+        "parameters",
+        "report.html",
+    ):
         assert word in shown, word
 
 
@@ -94,7 +104,9 @@ def test_dump_of_a_script_stops_after_its_first_step(paper: Pool, tmp_path: Path
     assert code == 0, error
     assert not shown.startswith("step"), "it is stopped in the first optimizer step"
     (step,) = json.loads(shown)
-    assert step["topology"] == "2x2x2" and step["plan"][0].startswith("plan zero_topo"), "what the command says stands for what it says"
+    assert step["topology"] == "2x2x2" and step["plan"][0].startswith("plan zero_topo"), (
+        "what the command says stands for what it says"
+    )
     assert not torch.distributed.is_initialized() and os.environ.get("WORLD_SIZE") is None
 
 
@@ -193,9 +205,18 @@ def test_numbers_of_every_view_are_the_ledgers(paper: Pool) -> None:
         for transfer, amount in row["bytes"].items():
             columns = books[row["level"]][transfer]
             assert columns["predicted"] == columns["compiled"] == columns["counted"] == amount, (row["level"], transfer)
-            hops = (h for h in step["hops"] if h["level"] == row["level"] and h["transfer"].replace("back", "sync") == transfer)
+            hops = (
+                h
+                for h in step["hops"]
+                if h["level"] == row["level"] and h["transfer"].replace("back", "sync") == transfer
+            )
             assert sum(hop["bytes"] for hop in hops) == amount
-            shares = (by.get(row["level"], 0) for p in step["parameters"] for key, by in p["bytes"].items() if key.split()[0] == transfer)
+            shares = (
+                by.get(row["level"], 0)
+                for p in step["parameters"]
+                for key, by in p["bytes"].items()
+                if key.split()[0] == transfer
+            )
             assert sum(shares) == amount
     assert sum(row["exposed"] for row in step["levels"]) == pytest.approx(step["exposed"])
     assert sum(row["exposed"] for row in step["parameters"]) == pytest.approx(step["exposed"])
@@ -259,13 +280,17 @@ def test_a_view_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         views.write(tmp_path / "ledger.json", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["ledger.json"] and (tmp_path / "ledger.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.json"] and (
+        tmp_path / "ledger.json"
+    ).read_text() == "old"
 
 
 def test_a_second_jobs_views_stand_beside_the_firsts(paper: Pool, tmp_path: Path) -> None:
     paper.run(two, str(tmp_path), "zero_topo", "0", timeout=TIMEOUT)
     paper.run(forgetful, str(tmp_path), timeout=TIMEOUT)
-    assert {"ledger.json", "ledger.2.json", "report.html", "report.2.html", "rank0", "rank0.2"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"ledger.json", "ledger.2.json", "report.html", "report.2.html", "rank0", "rank0.2"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
 
 
 def forgetful(_: int, folder: str) -> None:
@@ -275,7 +300,9 @@ def forgetful(_: int, folder: str) -> None:
         two(0, folder, "zero_topo", "0")
 
 
-@pytest.mark.parametrize(("value", "complaint"), [("0-3", "must be ranks"), ("9", "there is no rank 9 in a world of 8")])
+@pytest.mark.parametrize(
+    ("value", "complaint"), [("0-3", "must be ranks"), ("9", "there is no rank 9 in a world of 8")]
+)
 def test_ranks_that_do_not_exist_are_refused(paper: Pool, value: str, complaint: str) -> None:
     (error,) = paper.run(refused, value, timeout=TIMEOUT)
     assert complaint in error
@@ -299,5 +326,10 @@ def test_without_bokeh_the_rest_is_written(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     assert "no report.html: it needs bokeh (pip install 'zcompile[report]')" in done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"rank0", "ledger.json", "ledger.txt", "trace.json", "dump.json.gz"}
-
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rank0",
+        "ledger.json",
+        "ledger.txt",
+        "trace.json",
+        "dump.json.gz",
+    }

@@ -12,11 +12,15 @@ import pytest
 from support import paper as world
 from support.spawn import Pool
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="needs chromium and chromedriver (apt-get install chromium-driver)"),
+    pytest.mark.skipif(
+        CHROMIUM is None or DRIVER is None, reason="needs chromium and chromedriver (apt-get install chromium-driver)"
+    ),
 ]
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--window-size=1400,900")  # fmt: skip
@@ -40,7 +44,9 @@ class Page:
 
     def run(self, script: str) -> Any:
         """The value of an expression, awaited."""
-        code = f"const done = arguments[0]; (async () => {script})().then((v) => done([v]), (e) => done(String(e.stack)))"
+        code = (
+            f"const done = arguments[0]; (async () => {script})().then((v) => done([v]), (e) => done(String(e.stack)))"
+        )
         found = self.driver.execute_async_script(code)
         assert isinstance(found, list), found
         return found[0]
@@ -100,11 +106,19 @@ def page(driver: Any, report: Path) -> Page:
 
 
 def test_it_asks_for_nothing_from_the_network(report: Path, page: Page) -> None:
-    assert page.run("performance.getEntriesByType('resource').map((e) => e.name).filter((n) => !n.startsWith('file:'))") == []
+    assert (
+        page.run("performance.getEntriesByType('resource').map((e) => e.name).filter((n) => !n.startsWith('file:'))")
+        == []
+    )
 
 
 def test_the_timeline_has_a_lane_for_computing_and_for_each_level(page: Page) -> None:
-    assert page.run("[...zc.timeline.plot.left[0].major_label_overrides.values()]") == ["compute", "pair", "node", "cluster"]
+    assert page.run("[...zc.timeline.plot.left[0].major_label_overrides.values()]") == [
+        "compute",
+        "pair",
+        "node",
+        "cluster",
+    ]
     spans = page.run("zc.timeline.spans.lane")
     assert set(spans) == {"compute", "pair", "node", "cluster"}
     drawn = page.run("zc.timeline.source('timeline-spans').data.left.length")
@@ -114,14 +128,18 @@ def test_the_timeline_has_a_lane_for_computing_and_for_each_level(page: Page) ->
 
 
 def test_the_pointer_over_a_hop_lights_its_parameter_its_wait_and_its_users(page: Page) -> None:
-    hop = page.run("zc.step.hops.findIndex((h) => h.phase === 'backward' && h.transfer === 'gather' && h.parameters.includes('head.weight'))")
+    hop = page.run(
+        "zc.step.hops.findIndex((h) => h.phase === 'backward' && h.transfer === 'gather' && h.parameters.includes('head.weight'))"
+    )
     span = page.run(f"zc.timeline.ofHop.get({hop}).find((i) => zc.timeline.spans.lane[i] === 'pair')")
     page.point("time", f"(zc.timeline.left[{span}] + zc.timeline.right[{span}]) / 2", f"zc.timeline.tops[{span}] - 0.4")
     page.until("return zc.selection !== null")
     assert page.run("zc.selection") == {"hop": hop}
     lit = page.run("zc.timeline.source('timeline-lit').data.index")
     kinds = {page.run(f"zc.timeline.spans.kind[{i}]") for i in lit}
-    assert {"gather", "wait", "compute", "reduce"} <= kinds, "the hop, its wait, the product that reads it, the parameter's other hops"
+    assert {"gather", "wait", "compute", "reduce"} <= kinds, (
+        "the hop, its wait, the product that reads it, the parameter's other hops"
+    )
     shown = page.text("#detail")
     assert "gather over pair" in shown and "head.weight" in shown and "head.grad.mm" in shown and "paper.py" in shown
 
@@ -143,7 +161,9 @@ def test_search_finds_a_parameter_and_shows_it(page: Page) -> None:
     assert page.text("#found li").split() == ["parameter", "blocks.1.up.weight"]
     box.send_keys(Keys.ENTER)
     assert page.run("zc.step.parameters[zc.selection.parameter].name") == "blocks.1.up.weight"
-    assert "weights over" in page.text("#detail") and page.run("zc.timeline.source('timeline-lit').data.left.length > 3")
+    assert "weights over" in page.text("#detail") and page.run(
+        "zc.timeline.source('timeline-lit').data.left.length > 3"
+    )
     page.run("zc.hold(null)")
 
 
@@ -172,7 +192,9 @@ def test_every_pass_is_there_with_its_program_and_its_changes(page: Page, report
         assert [file.split("-")[1] for file in files] == shown
         for number, file in enumerate(files):
             page.run(f"(zc.programs.pass = {number}, zc.programs.show())")
-            lines = page.run("[...document.querySelectorAll('#program .ln')].map((e) => e.textContent.replace(/^ *\\d+/, ''))")
+            lines = page.run(
+                "[...document.querySelectorAll('#program .ln')].map((e) => e.textContent.replace(/^ *\\d+/, ''))"
+            )
             text = (folder / f"{file}.txt").read_text().split("\n\n", 1)[1].splitlines()
             assert lines == [line[7:] for line in text], file
     page.run("(zc.programs.mode = 'changes', zc.programs.pass = 2, zc.programs.show())")
@@ -186,7 +208,9 @@ def test_the_tables_say_what_the_ledger_says(page: Page, report: Path) -> None:
 
     (ledger,) = json.loads((report.parent / "ledger.json").read_text())
     page.run("zc.turn('why')")
-    assert page.run("document.querySelectorAll('#why-table tbody tr').length") == sum(hop["exposed"] > 0 for hop in ledger["hops"])
+    assert page.run("document.querySelectorAll('#why-table tbody tr').length") == sum(
+        hop["exposed"] > 0 for hop in ledger["hops"]
+    )
     page.run("zc.turn('parameters')")
     names = page.run("[...document.querySelectorAll('#parameters-table td.name')].map((e) => e.textContent)")
     assert sorted(names) == sorted(row["name"] for row in ledger["parameters"])

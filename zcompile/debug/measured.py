@@ -33,6 +33,12 @@ from zcompile.overlap import SPAN
 
 GRAPH = re.compile(r"zc graph (\d+) (\w+)$")
 COLLECTIVE = re.compile(r"_c10d_functional::(all_gather_into_tensor|all_to_all_single|wait_tensor)$")
+_AROUND = ("##", "Torch-Compiled", "zc ")
+"""Beginnings of names of spans that torch and we put around whole graphs."""
+_NO_THREADS = (
+    "no hop of a refresh is in the trace: they run on threads of their own, which torch.profiler records with "
+    "experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)"
+)
 LITTLE = 0.5
 """A smaller part that was matched is said loudly."""
 
@@ -169,7 +175,11 @@ class _Match:
             [
                 e
                 for e in self.events
-                if e.kind == "cpu_op" and e.thread == run.thread and run.begin <= e.begin and e.end <= run.end
+                if e.kind == "cpu_op"
+                and not e.name.startswith(_AROUND)
+                and e.thread == run.thread
+                and run.begin <= e.begin
+                and e.end <= run.end
             ]
         )
         calls = [event for event in inside if COLLECTIVE.match(event.name)]
@@ -260,6 +270,8 @@ class _Match:
         for number, hop in enumerate(self.step["hops"]):
             if hop["phase"] == "refresh":
                 expected.setdefault(hop["level"], []).append(number)
+        if expected and not launches:
+            self.found.notes.append(_NO_THREADS)
         for level, hops in expected.items():
             seen = launches.get(level, [])
             if len(seen) != len(hops):
