@@ -84,7 +84,7 @@ def test_dump_of_a_function_on_a_machine_that_is_not_here(paper: Pool, tmp_path:
         p.name for p in out.iterdir()
     }
     (step,) = json.loads((out / "ledger.json").read_text())
-    assert step["topology"] == "2x4x2" and [row["weights"] for row in step["parameters"]][0] == "cluster"
+    assert step["topology"] == "2x4x2" and step["parameters"][0]["weights"] == "cluster"
     assert [row["backward"] for row in step["parameters"] if row["name"] == "2.weight"] == ["gathered again"]
     for word in (
         "levels: bytes that one rank receives",
@@ -177,15 +177,15 @@ def explained(_: int) -> dict[str, Any]:
         zcompile.explain(model)
     world.step(model)
     found = zcompile.explain(model, sort="name")
-    with pytest.raises(ValueError, match="valid: forward, backward|valid: joint, forward, backward"):
+    with pytest.raises(ValueError, match="valid: joint, forward, backward"):
         found.program("inference")
     with pytest.raises(ValueError, match="sort='size'"):
         zcompile.explain(model, sort="size")
     with pytest.raises(TypeError, match="was not wrapped"):
         zcompile.explain(nn.Linear(2, 2))
     return {
-        "text": str(found), "program": found.program("backward"), "html": found._repr_html_(), "step": found.ledger()[0], "repr": repr(found),
-        "ledger": ledger(model), "received": {f"{k[0]} {k[1]}": v for k, v in found.steps[0].timeline.received().items()},
+        "text": str(found), "program": found.program("backward"), "html": found._repr_html_(), "step": found.ledger()[0],
+        "repr": repr(found), "ledger": ledger(model),
     }  # fmt: skip
 
 

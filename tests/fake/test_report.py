@@ -60,9 +60,10 @@ class Page:
 
         plot = "zc.graph.plot" if chart == "graph" else "zc.timeline.plot"
         at = self.run(
-            f"(() => {{ const view = Bokeh.index.find_one({plot}), box = view.el.getBoundingClientRect(), frame = view.frame;"
-            f" return [box.x + frame.bbox.left + {plot}.inner_width * ({x} - {plot}.x_range.start) / ({plot}.x_range.end - {plot}.x_range.start),"
-            f" box.y + frame.bbox.top + {plot}.inner_height * ({plot}.y_range.end - ({y})) / ({plot}.y_range.end - {plot}.y_range.start)]; }})()"
+            f"(() => {{ const view = Bokeh.index.find_one({plot}), box = view.el.getBoundingClientRect(), frame = view.frame.bbox;"
+            f" const {{ x_range: xs, y_range: ys, inner_width: w, inner_height: h }} = {plot};"
+            f" return [box.x + frame.left + (w * ({x} - xs.start)) / (xs.end - xs.start),"
+            f" box.y + frame.top + (h * (ys.end - ({y}))) / (ys.end - ys.start)]; }})()"
         )
         actions = ActionChains(self.driver)
         actions.w3c_actions.pointer_action.move_to_location(int(at[0]) - 3, int(at[1]))

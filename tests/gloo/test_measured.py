@@ -117,7 +117,8 @@ def test_what_is_no_trace_or_no_dump_is_refused(tmp_path: Path) -> None:
 def test_a_devices_kernel_is_the_time_of_its_hop() -> None:
     """Where messages are the device's (NCCL), a hop is its kernel's span, found by what links it to its launch."""
     rows = {
-        "kind": ["gather", "wait", "compute"], "operation": ["_c10d_functional.all_gather_into_tensor", "_c10d_functional.wait_tensor", "mm"],
+        "kind": ["gather", "wait", "compute"],
+        "operation": ["_c10d_functional.all_gather_into_tensor", "_c10d_functional.wait_tensor", "mm"],
         "name": ["g", "w", "m"], "partner": [1, 0, -1], "level": ["pair", "pair", ""], "parameters": [["p"], ["p"], []],
     }  # fmt: skip
     step = {
