@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Shape:
 
 SHAPES = {
     "gpt-neox-20b": Shape(44, 6144, 64, 50432, 2048),  # EleutherAI/gpt-neox configs/20B.yml
+    "gpt-175b": Shape(96, 12288, 96, 50304, 2048),  # GPT-3's layers, width and heads, in NeoX's kind of block
+    "gpt-18b": Shape(40, 6144, 32, 50304, 2048),  # DeepSpeed's ZeRO++ tutorial: 40 layers of 6144, 32 heads
     "pythia-6.9b": Shape(32, 4096, 32, 50432, 2048),
     "pythia-160m": Shape(12, 768, 12, 50304, 2048),
     "gpt-21m": Shape(6, 512, 8, 2048, 128),  # ours: large enough to quantise, small enough for eight local processes
@@ -59,10 +62,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """forward(tokens [B, T+1] int64) -> mean next-token cross entropy."""
+    """forward(tokens [B, T+1] int64) -> mean next-token cross entropy. recompute: backward computes each block's activations again."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, recompute: bool = False):
         super().__init__()
+        self.recompute = recompute
         self.embed = nn.Embedding(shape.vocabulary, shape.hidden)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.hidden)
@@ -80,5 +84,8 @@ class Decoder(nn.Module):
         hidden = self.embed(x)
         cos, sin = self.cos[:t].to(hidden.dtype), self.sin[:t].to(hidden.dtype)
         for block in self.blocks:
-            hidden = block(hidden, cos, sin)
+            if self.recompute:
+                hidden = checkpoint(block, hidden, cos, sin, use_reentrant=False)
+            else:
+                hidden = block(hidden, cos, sin)
         return F.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1).float(), y.flatten())

@@ -89,9 +89,9 @@ def flops(target: Any, args: Sequence[Any], keywords: Mapping[str, Any], value: 
     return float(flop_registry[packet](*args, **keywords, out_val=value)) if packet in flop_registry else 0.0
 
 
-def roofline(device: Device, count: float, moved: float, value: Any) -> float:
+def roofline(device: Device, count: float, moved: float, dtype: str) -> float:
     """Seconds of one operation: the longer of its FLOPs, at the device's efficiency for so many, and the bytes that it moves."""
-    rate = _peak(device, value) * (at(device.efficiency, max(count, 1.0)) if device.efficiency else EFFICIENCY)
+    rate = _peak(device, dtype) * (at(device.efficiency, max(count, 1.0)) if device.efficiency else EFFICIENCY)
     return max(count / rate, moved / device.memory_bandwidth, device.overhead)
 
 
@@ -122,9 +122,9 @@ def node_seconds(node: Node, device: Device) -> float:
     if node.op != "call_function" or is_free(node.target):
         return 0.0
     value = node.meta.get("val")
-    moved = sum(_bytes(source.meta.get("val")) for source in node.all_input_nodes if not _stays_inside(source))
-    moved += 0 if _stays_inside(node) else _bytes(value)
-    return roofline(device, node_flops(node), moved, value)
+    moved = sum(value_bytes(source.meta.get("val")) for source in node.all_input_nodes if not _stays_inside(source))
+    moved += 0 if _stays_inside(node) else value_bytes(value)
+    return roofline(device, node_flops(node), moved, value_dtype(value))
 
 
 def _stays_inside(node: Node) -> bool:
@@ -154,15 +154,20 @@ def _target_name(target: Any) -> str:
     return str(packet).rpartition(".")[2] if packet is not None else getattr(target, "__name__", "")
 
 
-def _bytes(value: Any) -> int:
+def value_bytes(value: Any) -> int:
+    """Of a tensor, or of all in a list or tuple."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.itemsize
-    return sum(_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
+    return sum(value_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
 
 
-def _peak(device: Device, value: Any) -> float:
-    """FLOP/s for the dtype of a result; that of the slowest known one where the device has no figure for it."""
+def value_dtype(value: Any) -> str:
+    """Name of the dtype of a result, of its first tensor where it has several."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value
-    name = str(getattr(first, "dtype", "")).removeprefix("torch.")
+    return str(getattr(first, "dtype", "")).removeprefix("torch.")
+
+
+def _peak(device: Device, dtype: str) -> float:
+    """FLOP/s for the dtype of a result; that of the slowest known one where the device has no figure for it."""
     rates = dict(device.peak_flops)
-    return rates.get(name, min(rates.values()))
+    return rates.get(dtype, min(rates.values()))
