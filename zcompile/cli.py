@@ -19,6 +19,10 @@ COMMANDS = {
         "zcompile.trace",
         "compile a named model for a machine that exists on paper: no GPU, no allocation; seconds, memory, bytes per level",
     ),
+    "plan": (
+        "zcompile.planner.command",
+        "which placements, formats and buckets, and what a step costs, on a machine that need not be here: table, formulas, pictures",
+    ),
     "bytes": (
         "zcompile.compare_bytes",
         "bytes per level of a small GPT under native and quantised plans, beside FSDP2 and HSDP, counted on eight local processes",

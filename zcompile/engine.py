@@ -108,6 +108,8 @@ class Engine:
         """The model's own compiled forward; None if it is compiled from outside or not at all."""
         self.call: _Call | None = None
         self.programs: list[Any] = []
+        self.graphs: list[tuple[str, Any]] | None = None
+        """(stage, lowered graph) of what is compiled; kept where somebody put a list here (zcompile.planner.traced)."""
         self._checksums: dict[Unit, Tensor] = {}
 
     # -- forward ---------------------------------------------------------------------------------------------------------------

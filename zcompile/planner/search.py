@@ -220,7 +220,9 @@ class Estimator:
         return replace(candidate, result=play(of_skeleton(skeleton, k), k, self.request.noise))
 
 
-def search(workload: Workload, topology: Topology, request: Request, compute: str = "bfloat16", quick: bool = False) -> Answer:
+def search(
+    workload: Workload, topology: Topology, request: Request, compute: str = "bfloat16", quick: bool = False
+) -> Answer:
     """The best plan for a workload on a topology.
 
     Args:
@@ -240,7 +242,11 @@ def search(workload: Workload, topology: Topology, request: Request, compute: st
     plain = [estimator.candidate(_plan(places, {}, topology), overlap) for places in placements(topology)]
     variants = formats(request.allowed)
     extreme = variants[-1]
-    tight = [estimator.candidate(_plan(places, extreme, topology), overlap) for places in placements(topology)] if extreme else []
+    tight = (
+        [estimator.candidate(_plan(places, extreme, topology), overlap) for places in placements(topology)]
+        if extreme
+        else []
+    )
     fitting = [c for c in (*plain, *tight) if c.floor <= limit]
     considered = len(plain) * len(variants) * len(request.buckets) * len(request.overlaps)
     if not fitting:
@@ -343,9 +349,13 @@ def _verdict(candidate: Candidate, best: Candidate, limit: float) -> str:
         return f"as fast; {(result.bytes - other.bytes) / 1e9:+.1f} GB"
     busiest = max((key for key in candidate.lanes if key != "compute"), key=lambda key: candidate.lanes[key])
     if candidate.lanes[busiest] > candidate.lanes["compute"]:
-        return f"+{slower / other.seconds:.0%}: {busiest} is busy {candidate.lanes[busiest]:.2f} s, longer than computing"
+        return (
+            f"+{slower / other.seconds:.0%}: {busiest} is busy {candidate.lanes[busiest]:.2f} s, longer than computing"
+        )
     more = {level: s - other.levels.get(level, 0.0) for level, s in result.levels.items()}
-    level = max(more, key=lambda key: more[key], default="")
-    if level and more[level] > 0.5 * slower:
-        return f"+{slower / other.seconds:.1%}: {more[level] * 1e3:.0f} ms more exposed on {level}"
-    return f"+{slower / other.seconds:.1%}: kernels around the hops, {(result.compute - other.compute) * 1e3:.0f} ms more"
+    level, exposed = max(more, key=lambda key: more[key], default=""), result.exposed - other.exposed
+    if level and exposed > 0.5 * slower:
+        return f"+{slower / other.seconds:.1%}: {exposed * 1e3:.0f} ms more exposed, {more[level] * 1e3:.0f} of it on {level}"
+    return (
+        f"+{slower / other.seconds:.1%}: kernels around the hops, {(result.compute - other.compute) * 1e3:.0f} ms more"
+    )

@@ -12,12 +12,13 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from zcompile import cost
+from zcompile import cost, times
 from zcompile.layout import ParamSpec, side_by_side
 from zcompile.params import grouped
 from zcompile.passes import schedule
@@ -76,7 +77,9 @@ class _Nodes:
         node.meta["val"] = _bytes(size)
         return node
 
-    def work(self, name: str, inputs: Sequence[Node], size: int, seconds: float, flops: float = 0.0, transfer: str = "") -> Node:
+    def work(
+        self, name: str, inputs: Sequence[Node], size: int, seconds: float, flops: float = 0.0, transfer: str = ""
+    ) -> Node:
         """Something that takes seconds of the device and makes `size` bytes."""
         node = self.graph.call_function(stretch, tuple(inputs))
         node.meta.update({"val": _bytes(size), SECONDS: (seconds, flops)})
@@ -84,10 +87,14 @@ class _Nodes:
             node.meta[TRANSFER] = transfer
         return node
 
-    def moved(self, what: str, inputs: Sequence[Node], size: int, read: int, transfer: str, names: tuple[str, ...]) -> Node:
+    def moved(
+        self, what: str, inputs: Sequence[Node], size: int, read: int, transfer: str, names: tuple[str, ...]
+    ) -> Node:
         """A kernel around a hop: as long as the memory takes for what it reads and writes."""
         device = self.context.plan.topology.device
-        node = self.work(what, inputs, size, max((read + size) / device.memory_bandwidth, device.overhead), 0.0, transfer)
+        node = self.work(
+            what, inputs, size, max((read + size) / device.memory_bandwidth, device.overhead), 0.0, transfer
+        )
         node.meta["zc_parameters"] = names
         return node
 
@@ -100,8 +107,9 @@ class _Nodes:
         else:
             part = message // size
             launch = self.graph.call_function(ALL_TO_ALL, (source, [part] * size, [part] * size, role))
-        whole = received * size // (size - 1)
-        launch.meta.update({"val": _bytes(whole), TRANSFER: transfer, "zc_parameters": names, WIRE: wire})
+        format = WireFormat.parse(wire)
+        launch.meta.update({TRANSFER: transfer, "zc_parameters": names, **({WIRE: wire} if format.quantized else {})})
+        launch.meta["val"] = _bytes(received * size // (size - 1), format)
         wait = self.graph.call_function(WAIT, (launch,))
         wait.meta.update({"val": launch.meta["val"], TRANSFER: transfer, "zc_parameters": names})
         return wait
@@ -123,8 +131,10 @@ def stretch(*inputs: Any) -> Any:
     raise RuntimeError("a skeleton is played, not run")
 
 
-def _bytes(size: int) -> torch.Tensor:
-    return torch.empty(max(size, 0), dtype=torch.uint8, device="meta")
+def _bytes(size: int, format: WireFormat | None = None) -> torch.Tensor:
+    """So many bytes; as elements of a native format where one is given."""
+    dtype = torch.uint8 if format is None or format.quantized else getattr(torch, format.torch_name)
+    return torch.empty(max(size, 0) // dtype.itemsize, dtype=dtype, device="meta")
 
 
 class Skeleton:
@@ -148,7 +158,11 @@ class Skeleton:
         """Of one step, in unit order: what a frozen parameter does not need, it does not get."""
         found = []
         for piece in self.pieces:
-            hops = tuple((level, received, wire) for _, level, _, wire, received in piece.hops("refresh")) if piece.trainable else ()
+            hops = (
+                tuple((level, received, wire) for _, level, _, wire, received in piece.hops("refresh"))
+                if piece.trainable
+                else ()
+            )
             if hops:
                 found.append(Refresh(piece.names, hops))
         return found
@@ -226,12 +240,17 @@ class Skeleton:
 
     def _forward_marks(self) -> list[tuple[int, int]]:
         at = sorted({0, self.workload.split, *(piece.forward for piece in self.pieces if piece.forward >= 0)})
-        return list(zip(at, at[1:], strict=False))
+        return list(pairwise(at))
+
+    @cached_property
+    def _kept(self) -> list[int]:
+        """After each operation of the forward: bytes alive by then that stay to its end."""
+        forward = self.workload.live[: self.workload.split]
+        return list(reversed(list(accumulate(reversed(forward), min))))
 
     def _growth(self, begin: int, end: int) -> int:
         """Bytes of what a stretch of the forward leaves to the backward."""
-        live = self.workload.live
-        return max(0, live[end - 1] - (live[begin - 1] if begin else 0))
+        return self._kept[end - 1] - (self._kept[begin - 1] if begin else 0) if end else 0
 
     def _stretch(self, nodes: _Nodes, inputs: Sequence[Node], begin: int, end: int, keeps: int) -> Node:
         seconds, flops = self.clock[end] - self.clock[begin], sum(self.flops[begin:end])
@@ -243,13 +262,16 @@ class Skeleton:
         rows = first.layout.shards // first.layout.extents[first.w]
         size = sum(rows * spec.stored.bytes(spec.layout.shard) for spec in piece.specs)
         x = nodes.input(f"copy_{first.unit}", size)
+        x.meta[TRANSFER] = "gather"
         if not fresh and _has_copy(first):
             x = nodes.wait_for_copy(x, names)
         hops = piece.hops("gather")
         for hop in hops:
             x = nodes.hop(x, hop, "gather", names, 0)
         width = torch.empty(0, dtype=getattr(torch, first.compute)).itemsize
-        if hops and (first.stored.quantized or not all(spec.layout.dense for spec in piece.specs) or len(piece.specs) > 1):
+        if hops and (
+            first.stored.quantized or not all(spec.layout.dense for spec in piece.specs) or len(piece.specs) > 1
+        ):
             x = nodes.moved("unpack", [x], piece.numel * width, _size(x), "gather", names)
         return x
 
@@ -273,12 +295,14 @@ class Skeleton:
                 message = FLOAT * whole * rows // first.layout.extents[-1]
                 x = nodes.moved("sum", [x], message, sent, transfer, names)
         if accumulate:
-            x = nodes.moved("accumulate", [x], 0, 2 * FLOAT * piece.numel // first.layout.extents[first.g], "reduce", names)
+            x = nodes.moved(
+                "accumulate", [x], 0, 2 * FLOAT * piece.numel // first.layout.extents[first.g], "reduce", names
+            )
         return [x]
 
 
 def _size(node: Node) -> int:
-    return int(node.meta["val"].numel())
+    return times.value_bytes(node.meta["val"])
 
 
 def _has_copy(spec: ParamSpec) -> bool:

@@ -10,7 +10,7 @@ from torch.fx import Graph
 
 from zcompile.planner.skeleton import Skeleton
 from zcompile.simulator import Noise, Player, Refresh
-from zcompile.timeline import Timeline
+from zcompile.timeline import Memory, Timeline
 from zcompile.topology import Topology
 
 ADAMW_BYTES = 28
@@ -114,7 +114,6 @@ def play(step: Step, micro_batches: int = 1, noise: Noise | None = None) -> Resu
     gradients = {key: step.state.get(key, 0) for key in ("main", "gradient")}
     player.charge("weights", sum(step.state.values()) - sum(gradients.values()))
     player.charge("gradients", gradients["main"])
-    player.charge("activations", step.workspace)
     player.refresh(step.refreshes)
     played = min(micro_batches, MOST_PLAYED)
     marks = []
@@ -128,8 +127,14 @@ def play(step: Step, micro_batches: int = 1, noise: Noise | None = None) -> Resu
         player.graph(backward, "backward", f"backward{suffix}")
         marks.append(max(player.now) - begin)
     player.charge("gradients", gradients["gradient"])
-    player.operation("AdamW", step.shard * ADAMW_BYTES / step.topology.device.memory_bandwidth, "optimizer", "optimizer")
+    player.operation(
+        "AdamW", step.shard * ADAMW_BYTES / step.topology.device.memory_bandwidth, "optimizer", "optimizer"
+    )
     timeline = player.finish()
+    timeline.memory = [
+        Memory(each.at, {**each.bytes, "activations": each.bytes.get("activations", 0) + step.workspace})
+        for each in timeline.memory
+    ]
     return _result(timeline, micro_batches - played, marks)
 
 

@@ -65,6 +65,7 @@ class Workload:
         uses: parameter -> when it is needed.
         live: bytes that are alive after each operation, parameters and their gradients left out.
         tokens: of the micro-batch; 0 where it has none.
+        inputs: what it was run on: see `of_module`.
     """
 
     name: str
@@ -75,6 +76,13 @@ class Workload:
     uses: dict[str, Use]
     live: list[int]
     tokens: int = 0
+    inputs: Any = None
+
+    def example(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """Example inputs (args, kwargs) on the meta device."""
+        with torch.device("meta"):
+            args, keywords = self.inputs() if callable(self.inputs) else (tuple(self.inputs), {})
+        return tuple(_meta(value) for value in args), {key: _meta(value) for key, value in keywords.items()}
 
     @property
     def parameters(self) -> int:
@@ -161,8 +169,10 @@ def of_module(
             f"model {name!r} does not run on fake tensors, which the planner needs to see what it computes: "
             f"{type(error).__name__}: {text[0] if text else ''}"
         ) from error
-    tokens = next((v.numel() for v in (*args, *keywords.values()) if isinstance(v, Tensor) and not v.is_floating_point()), 0)
-    return Workload(name, module, compute, recorder.ops, recorder.split, recorder.uses, recorder.live, tokens)
+    tokens = next(
+        (v.numel() for v in (*args, *keywords.values()) if isinstance(v, Tensor) and not v.is_floating_point()), 0
+    )
+    return Workload(name, module, compute, recorder.ops, recorder.split, recorder.uses, recorder.live, tokens, inputs)
 
 
 @contextlib.contextmanager
@@ -199,6 +209,10 @@ def _example(inputs: Any, dtype: torch.dtype | None) -> tuple[tuple[Any, ...], M
         return torch.empty(value.shape, dtype=kind)
 
     return tuple(fake(value) for value in args), {key: fake(value) for key, value in keywords.items()}
+
+
+def _meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 def _loss(output: Any) -> Tensor:
@@ -345,7 +359,9 @@ def _of_file(text: str, compute_dtype: torch.dtype) -> Workload:
         with torch.device("meta"):
             module, inputs = make()
     except Exception as error:
-        raise WorkloadError(f"model {text!r}: {type(error).__name__}: {error}; it must return (module, inputs)") from error
+        raise WorkloadError(
+            f"model {text!r}: {type(error).__name__}: {error}; it must return (module, inputs)"
+        ) from error
     return of_module(text, module, inputs, compute_dtype)
 
 
@@ -353,7 +369,9 @@ def _of_config(text: str, sequence: int | None, micro_batch: int, dtype: torch.d
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
-        raise WorkloadError(f"model {text!r}: a transformers config needs transformers: pip install transformers") from None
+        raise WorkloadError(
+            f"model {text!r}: a transformers config needs transformers: pip install transformers"
+        ) from None
     try:
         config: Any = AutoConfig.from_pretrained(text)
         with torch.device("meta"):
