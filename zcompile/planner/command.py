@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from zcompile.cli import write_json
-from zcompile.plan import Plan
+from zcompile.plan import ALLOWED, Plan
 from zcompile.planner import plots, report
-from zcompile.planner.search import FORMATS, PAPER, NothingFits, Request, search
+from zcompile.planner.search import PAPER, NothingFits, Request, search
 from zcompile.planner.skeleton import Skeleton
 from zcompile.planner.step import of_skeleton, play
 from zcompile.planner.workload import MODELS, Workload, of_text
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="of a device, as in 64GB (default: the machine's, less 4 %%)")
     parser.add_argument(
         "--allow", metavar="FORMATS", default="",
-        help=f"wire formats that plans may use beyond native ones, with commas: {', '.join(FORMATS)}; `paper`: {', '.join(PAPER)} "
+        help=f"wire formats that plans may use beyond native ones, with commas: {', '.join(ALLOWED)}; `paper`: {', '.join(PAPER)} "
         "(default: none)",
     )  # fmt: skip
     parser.add_argument(

@@ -19,16 +19,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zcompile import cost
-from zcompile.plan import PRESETS, Plan, ResolvedPlan
+from zcompile.plan import ALLOWED, PRESETS, Plan, ResolvedPlan
 from zcompile.planner.skeleton import Skeleton, pieces
 from zcompile.planner.step import ADAMW_BYTES, Result, of_skeleton, play
 from zcompile.planner.workload import Workload
 from zcompile.simulator import Noise
 from zcompile.times import hop_seconds
 from zcompile.topology import Topology
-
-FORMATS = ("bf16", "int8", "int4", "int8-delta", "int4-delta")
-"""What may be allowed beyond native gathers and fp32 reductions: bf16 and int4 for reductions, int8 for both, deltas for refreshes."""
 
 PAPER = ("int8", "int4")
 BUCKETS = (25 * 2**20, 100 * 2**20, 400 * 2**20)
@@ -49,7 +46,7 @@ class Request:
     Attributes:
         micro_batches: K, per step.
         memory: bytes of a device; 0: the device's, less RESERVE.
-        allowed: formats beyond native ones that plans may use, of FORMATS.
+        allowed: formats beyond native ones that plans may use, of ALLOWED.
         overlaps, buckets: to try.
         noise: jitter and stragglers.
     """
@@ -63,8 +60,8 @@ class Request:
 
     def __post_init__(self) -> None:
         for name in self.allowed:
-            if name not in FORMATS:
-                raise ValueError(f"allowed format {name!r}: valid: {', '.join(FORMATS)}")
+            if name not in ALLOWED:
+                raise ValueError(f"allowed format {name!r}: valid: {', '.join(ALLOWED)}")
         if self.micro_batches < 1:
             raise ValueError(f"micro-batches {self.micro_batches}: must be a number from 1")
         if self.memory < 0:
