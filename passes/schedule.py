@@ -28,15 +28,20 @@ NAME = "schedule"
 
 
 def run(gm: GraphModule, context: Context) -> None:
+    place(gm.graph, context)
+
+
+def place(graph: Graph, context: Context) -> None:
+    """The pass, on a graph that no module holds."""
     if not context.overlap:
         context.note("off: each hop is waited for where it is launched")
         return
-    schedule = _Schedule(gm.graph, context)
+    schedule = _Schedule(graph, context)
     order = schedule.order()
     if order is None:
         context.note("off: a buffer is written on the way of a transfer, whose order must stay")
         return
-    arrange(gm.graph, order)
+    arrange(graph, order)
     context.expected = {"seconds": schedule.now, **{f"exposed {k}": v for k, v in schedule.exposed.items()}}
     context.note(
         f"{len(schedule.gathers)} gathered buckets, {len(schedule.reductions)} reductions, at most {context.overlap + 1} of each in "

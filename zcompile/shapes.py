@@ -34,6 +34,7 @@ SHAPES = {
     "pythia-160m": Shape(12, 768, 12, 50304, 2048),
     "gpt-21m": Shape(6, 512, 8, 2048, 128),  # ours: large enough to quantise, small enough for eight local processes
     "gpt-60m": Shape(8, 768, 12, 2048, 128),
+    "gpt-4m": Shape(4, 256, 4, 2048, 128),  # ours: a step takes seconds over a slow network
     "tiny": Shape(2, 64, 4, 257, 32),
 }
 

@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from zcompile import cost, times
 from zcompile.layout import ParamSpec, side_by_side
@@ -119,11 +119,10 @@ class _Nodes:
         node.meta.update({"val": copy.meta["val"], TRANSFER: "gather", "zc_parameters": names})
         return node
 
-    def done(self, outputs: Sequence[Node]) -> GraphModule:
+    def done(self, outputs: Sequence[Node]) -> Graph:
         self.graph.output(tuple(outputs))
-        gm = GraphModule(torch.nn.Module(), self.graph)
-        schedule.run(gm, self.context)
-        return gm
+        schedule.place(self.graph, self.context)
+        return self.graph
 
 
 def stretch(*inputs: Any) -> Any:
@@ -179,7 +178,7 @@ class Skeleton:
 
     # -- graphs ------------------------------------------------------------------------------------------------------------------
 
-    def forward(self) -> GraphModule:
+    def forward(self) -> Graph:
         """Its outputs are what is kept for backward."""
         workload, nodes = self.workload, self._nodes("forward")
         events = sorted((piece.forward, number) for number, piece in enumerate(self.pieces) if piece.forward >= 0)
@@ -198,7 +197,7 @@ class Skeleton:
             last = until
         return nodes.done(kept)
 
-    def backward(self, accumulate: bool) -> GraphModule:
+    def backward(self, accumulate: bool) -> Graph:
         """accumulate: its gradients stop at G and are added to the main grads; else they go on to O."""
         workload, nodes = self.workload, self._nodes("backward")
         end = len(workload.ops)

@@ -93,9 +93,9 @@ def of_skeleton(skeleton: Skeleton, micro_batches: int = 1) -> Step:
     """A plan's step, without tracing it."""
     return Step(
         skeleton.plan.topology,
-        skeleton.forward().graph,
-        skeleton.backward(accumulate=True).graph if micro_batches > 1 else None,
-        skeleton.backward(accumulate=False).graph,
+        skeleton.forward(),
+        skeleton.backward(accumulate=True) if micro_batches > 1 else None,
+        skeleton.backward(accumulate=False),
         skeleton.refreshes(),
         skeleton.state(micro_batches > 1),
         sum(spec.layout.shard for piece in skeleton.pieces if piece.trainable for spec in piece.specs),
