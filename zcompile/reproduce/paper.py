@@ -177,7 +177,8 @@ def run() -> Report:
         f"{rate / 1e9:.0f} GB/s.",
         "That rings over hundreds of GCDs are so much slower is what others report: RCCL up to 33 times slower than PCCL in all-gathers "
         "on 2048 GCDs, ZeRO-3 up to 4.9 times (https://arxiv.org/abs/2504.18658). No curve for 384 is published; none is made up here.",
-        "Chosen: micro-batch 1 of 2048 tokens, recomputation (f = 4), K = 1, 70 TFLOP/s, four collectives a layer, transfers after computing.",
+        "Chosen: micro-batch 1 of 2048 tokens, recomputation (f = 4), K = 1, 70 TFLOP/s, four collectives a layer, transfers after "
+        "computing.",
         "Sources: zcompile/machine_data/frontier.json.",
     ]  # fmt: skip
     report.data = {"ratios": found, "efficiency": efficiency(base), "rings": wanted}

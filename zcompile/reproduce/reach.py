@@ -74,8 +74,8 @@ def run(model: str = "gpt-neox-20b", micro_batch: int = 0, allowed: tuple[str, .
         report.data["plots"] = [str(path) for path in paths]
     report.data["curves"] = curves
     report.notes = [
-        f"Micro-batch {workload.tokens} tokens, K = 1, activations recomputed, {', '.join(allowed) or 'native formats'} allowed to the best "
-        "plan; presets with overlap 2; ZeRO++ and three levels with int8 gathers and int4 reductions, both as zcompile runs them.",
+        f"Micro-batch {workload.tokens} tokens, K = 1, activations recomputed, {', '.join(allowed) or 'native formats'} allowed to the "
+        "best plan; presets with overlap 2; ZeRO++ and three levels with int8 gathers and int4 reductions, both as zcompile runs them.",
         "ZeRO-3 here is zcompile's: its hops go level by level and overlap; what DeepSpeed's flat rings give is in `reproduce paper`.",
         "'!': more memory than a GCD has. Products at 47.5 % of the peak (LUMI's Llama figure); all GCDs equally fast, no other job's "
         "traffic on the links.",

@@ -119,8 +119,8 @@ def run(overlap: bool = False) -> Report:
                     [f"{cards} x 100 Gb/s, {tokens}, {name}", a, x0, x1, b, y0, y1, b / a, y0 / x0, y1 / x1]
                 )
     log = cell("18B", 1, 512, 64)
-    for system, plus in (("ZeRO-3", False), ("ZeRO++", True)):
-        serial, hidden = log.seconds(plus, False), log.seconds(plus, True)
+    for system in LOG:
+        serial, hidden = (log.seconds(system == "ZeRO++", way) for way in (False, True))
         for number, phase in enumerate(("forward", "backward")):
             taken = LOG[system][number]
             report.rows.append([f"log, 4 nodes, 512, {system}: {phase} s", taken, serial[number], hidden[number]])
