@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from zcompile.machines import Device
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import COLLECTIVES, WAIT, arrange, collective_of, find
+from zcompile.passes.nodes import COLLECTIVES, PEER_GATHER, WAIT, arrange, collective_of, find
 from zcompile.times import Lanes, hop_seconds, node_seconds
 
 NAME = "schedule"
@@ -111,8 +112,8 @@ class _Schedule:
         self.at = {node: number for number, node in enumerate(self.nodes)}
         self.overlap, self.memory = context.overlap, context.memory
         topology = context.plan.topology
-        self.seconds = {node: node_seconds(node, topology.device) for node in self.nodes}
         self.lanes = Lanes(topology.levels)
+        self.seconds = {node: self._seconds(node, topology.device) for node in self.nodes}
         self.gathers = self._gathers(context)
         self.reductions = self._reductions()
         self.now = 0.0
@@ -148,6 +149,13 @@ class _Schedule:
                 starts[node].done = 1
                 self._flying.append(starts[node])
         return self._out if self._same_program(self._out) else None
+
+    def _seconds(self, node: Node, device: Device) -> float:
+        """On the lane that computes; a kernel that reads other ranks' memory has it while its level's links work."""
+        if node.target is PEER_GATHER:
+            entry = collective_of(node)
+            return hop_seconds(self.lanes.levels[entry.level], entry.bytes)
+        return node_seconds(node, device)
 
     # -- the lanes ---------------------------------------------------------------------------------------------------------------
 

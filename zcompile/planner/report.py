@@ -37,7 +37,7 @@ def show(
     """Tables of the best plans and of the presets."""
     limit = request.limit(topology)
     console.print(
-        f"{workload.key}; {text} = {topology.key}, {topology.world_size:,} x {topology.device.name}; "
+        f"{workload.name}, {workload.parameters:,} parameters; {text} = {topology.key}, {topology.world_size:,} x {topology.device.name}; "
         f"{request.micro_batches} micro-batch{'es' if request.micro_batches > 1 else ''} of {workload.tokens:,} tokens a rank; "
         f"{limit / 1e9:.1f} GB a device; allowed: {', '.join(request.allowed) or 'native formats'}"
     )

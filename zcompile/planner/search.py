@@ -20,7 +20,7 @@ from typing import Any
 
 from zcompile import cost
 from zcompile.plan import ALLOWED, PRESETS, Plan, ResolvedPlan
-from zcompile.planner.skeleton import Skeleton, pieces
+from zcompile.planner.skeleton import Piece, Skeleton, pieces
 from zcompile.planner.step import ADAMW_BYTES, Result, of_skeleton, play
 from zcompile.planner.workload import Workload
 from zcompile.simulator import Noise
@@ -181,13 +181,21 @@ class Estimator:
         self.seconds = workload.clock(topology.device)[-1] * request.micro_batches
         self._levels = {level.name: level for level in topology.levels}
         self._hops: dict[object, dict[str, tuple[tuple[str, float], ...]]] = {}
+        self._pieces: dict[Plan, list[Piece]] = {}
 
     def resolve(self, plan: Plan) -> ResolvedPlan:
         return plan.resolve(self.topology, self.compute)
 
+    def pieces(self, plan: Plan) -> list[Piece]:
+        if plan not in self._pieces:
+            self._pieces[plan] = pieces(self.workload, self.resolve(plan))
+        return self._pieces[plan]
+
+    def skeleton(self, plan: Plan, overlap: int) -> Skeleton:
+        return Skeleton(self.workload, self.resolve(plan), overlap, known=self.pieces(plan))
+
     def candidate(self, plan: Plan, overlap: int) -> Candidate:
-        skeleton = Skeleton(self.workload, self.resolve(plan), overlap)
-        k = self.request.micro_batches
+        skeleton, k = self.skeleton(plan, overlap), self.request.micro_batches
         lanes = dict.fromkeys(self._levels, 0.0)
         shard, largest = 0, 0
         for piece in skeleton.pieces:
@@ -212,8 +220,7 @@ class Estimator:
         return Candidate(plan, overlap, state, sum(state.values()) + self.workload.peak + largest, lanes)
 
     def simulate(self, candidate: Candidate) -> Candidate:
-        skeleton = Skeleton(self.workload, self.resolve(candidate.plan), candidate.overlap)
-        k = self.request.micro_batches
+        skeleton, k = self.skeleton(candidate.plan, candidate.overlap), self.request.micro_batches
         return replace(candidate, result=play(of_skeleton(skeleton, k), k, self.request.noise))
 
 
@@ -259,7 +266,7 @@ def search(
     best = _best(simulated, limit)
     if best is None:
         raise _nothing(workload, simulated, limit)
-    for variant in _refinements(best, request, workload, estimator, quick):
+    for variant in _refinements(best, request, estimator, quick):
         simulated.append(estimator.simulate(variant))
     best = _best(simulated, limit) or best
     for name, candidate in presets.items():
@@ -300,14 +307,12 @@ def _best(candidates: Sequence[Candidate], limit: float) -> Candidate | None:
     return min(near, key=lambda c: (c.result.bytes if c.result else 0, c.label))
 
 
-def _refinements(
-    best: Candidate, request: Request, workload: Workload, estimator: Estimator, quick: bool
-) -> Iterator[Candidate]:
+def _refinements(best: Candidate, request: Request, estimator: Estimator, quick: bool) -> Iterator[Candidate]:
     """The best plan with other buckets, and with other overlaps."""
-    seen = {len(pieces(workload, estimator.resolve(best.plan)))}
+    seen = {len(estimator.pieces(best.plan))}
     for bucket in request.buckets:
         plan = replace(best.plan, bucket_bytes=bucket, wire=None)
-        units = len(pieces(workload, estimator.resolve(plan)))
+        units = len(estimator.pieces(plan))
         if bucket != best.plan.bucket_bytes and units not in seen:
             seen.add(units)
             yield estimator.candidate(plan, best.overlap)

@@ -141,11 +141,19 @@ class Skeleton:
 
     Args:
         overlap, memory: as in zcompile.options.Options.
+        known: the plan's pieces, where they have been made before.
     """
 
-    def __init__(self, workload: Workload, plan: ResolvedPlan, overlap: int = 0, memory: int = 0):
+    def __init__(
+        self,
+        workload: Workload,
+        plan: ResolvedPlan,
+        overlap: int = 0,
+        memory: int = 0,
+        known: list[Piece] | None = None,
+    ):
         self.workload, self.plan, self.overlap, self.memory = workload, plan, overlap, memory
-        self.pieces = pieces(workload, plan)
+        self.pieces = pieces(workload, plan) if known is None else known
         self.clock = workload.clock(plan.topology.device)
         self.flops = [op.flops for op in workload.ops]
 

@@ -85,6 +85,7 @@ class Result:
         return {
             "seconds": self.seconds, "tflops": self.tflops, "compute_seconds": self.compute, "exposed_seconds": self.exposed,
             "exposed_share": self.share, "exposed_levels": self.levels, "received_bytes": received,
+            "exposed_parameters": dict(sorted(self.timeline.exposed_by("parameters").items(), key=lambda item: -item[1])[:20]),
             "memory_bytes": self.memory, "peak_bytes": self.bytes,
         }  # fmt: skip
 
