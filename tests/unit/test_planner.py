@@ -134,7 +134,8 @@ def test_a_step_receives_the_bytes_of_the_closed_forms(tiny: Workload, preset: s
     expected: cost.Bytes = {}
     for piece in made.pieces:
         for spec in piece.specs:
-            times = {"gather": k * ((piece.forward >= 0) + (piece.backward >= 0)), "reduce": k, "sync": 1, "refresh": 1}
+            use = tiny.uses[spec.name]
+            times = {"gather": k * ((use.forward >= 0) + (use.backward >= 0)), "reduce": k, "sync": 1, "refresh": 1}
             for transfer, count in times.items():
                 for key, amount in cost.transfer_bytes(spec, transfer).items():
                     expected[key] = expected.get(key, 0) + count * amount

@@ -18,9 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zcompile import cost
 from zcompile.plan import ALLOWED, PRESETS, Plan, ResolvedPlan
-from zcompile.planner.skeleton import Piece, Skeleton, pieces
+from zcompile.planner.skeleton import Piece, Skeleton, numel, pieces
 from zcompile.planner.step import ADAMW_BYTES, Result, of_skeleton, play
 from zcompile.planner.workload import Workload
 from zcompile.simulator import Noise
@@ -31,6 +30,8 @@ PAPER = ("int8", "int4")
 BUCKETS = (25 * 2**20, 100 * 2**20, 400 * 2**20)
 OVERLAPS = (1, 2, 4)
 MOST_SIMULATED = 12
+_TRANSFERS = (("gather", False), ("gather", True), ("reduce", True), ("sync", True), ("refresh", False))
+"""Transfer, and whether it belongs to backward."""
 RESERVE = 0.04
 """Part of a device's memory that plans leave alone: what the runtime, the communicators and fragmentation take. An assumption."""
 
@@ -180,7 +181,7 @@ class Estimator:
         self.workload, self.topology, self.request, self.compute = workload, topology, request, compute
         self.seconds = workload.clock(topology.device)[-1] * request.micro_batches
         self._levels = {level.name: level for level in topology.levels}
-        self._hops: dict[object, dict[str, tuple[tuple[str, float], ...]]] = {}
+        self._hops: dict[object, dict[tuple[str, bool], tuple[tuple[str, float], ...]]] = {}
         self._pieces: dict[Plan, list[Piece]] = {}
 
     def resolve(self, plan: Plan) -> ResolvedPlan:
@@ -200,20 +201,23 @@ class Estimator:
         shard, largest = 0, 0
         for piece in skeleton.pieces:
             first = piece.specs[0]
-            key = (first.chain, tuple(spec.shape for spec in piece.specs))
+            parts = (piece.specs, piece.read, piece.again, piece.reduced)
+            key = (first.chain, tuple(tuple(spec.shape for spec in part) for part in parts))
             if key not in self._hops:
                 self._hops[key] = {
-                    transfer: tuple((hop[1], hop_seconds(self._levels[hop[1]], hop[4])) for hop in piece.hops(transfer))
-                    for transfer in cost.LEDGER_TRANSFERS
+                    (transfer, backward): tuple(
+                        (hop[1], hop_seconds(self._levels[hop[1]], hop[4])) for hop in piece.hops(transfer, backward)
+                    )
+                    for transfer, backward in _TRANSFERS
                 }
-            times = {"gather": k * ((piece.forward >= 0) + (piece.backward >= 0))}
+            times = {("gather", False): k, ("gather", True): k}
             if piece.trainable:
-                times.update({"reduce": k, "sync": 1, "refresh": 1})
+                times.update({("reduce", True): k, ("sync", True): 1, ("refresh", False): 1})
                 shard += sum(spec.layout.shard for spec in piece.specs)
             for transfer, count in times.items():
                 for level, seconds in self._hops[key][transfer]:
                     lanes[level] += count * seconds
-            largest = max(largest, piece.numel * (2 if first.compute == "bfloat16" else 4))
+            largest = max(largest, numel(piece.specs) * (2 if first.compute == "bfloat16" else 4))
         state = skeleton.state(k > 1)
         optimizer = shard * ADAMW_BYTES / self.topology.device.memory_bandwidth
         lanes["compute"] = self.seconds + optimizer

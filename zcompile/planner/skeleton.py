@@ -35,9 +35,13 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Piece:
-    """One unit of a plan, and when the workload needs it (numbers of its operations; -1: never)."""
+    """One unit of a plan, and when the workload needs it (numbers of its operations; -1: never). `read`, `again` and `reduced` are those of
+    its parameters that forward reads, that backward reads, and that have a gradient: what travels."""
 
     specs: tuple[ParamSpec, ...]
+    read: tuple[ParamSpec, ...]
+    again: tuple[ParamSpec, ...]
+    reduced: tuple[ParamSpec, ...]
     trainable: bool
     forward: int
     backward: int
@@ -47,18 +51,22 @@ class Piece:
     def names(self) -> tuple[str, ...]:
         return tuple(spec.name for spec in self.specs)
 
-    @property
-    def numel(self) -> int:
-        """Elements with padding: what a gather makes whole."""
-        return sum(spec.layout.shards * spec.layout.shard for spec in self.specs)
+    def travelling(self, transfer: str, backward: bool = False) -> tuple[ParamSpec, ...]:
+        """The parameters that a transfer carries; a gather in forward or in backward."""
+        if transfer == "gather":
+            return self.again if backward else self.read
+        return self.specs if transfer == "refresh" else self.reduced
 
-    def hops(self, transfer: str) -> list[tuple[str, str, int, str, int]]:
+    def hops(self, transfer: str, backward: bool = False) -> list[tuple[str, str, int, str, int]]:
         """(kind, level, size of the level, wire format, bytes that one rank receives) of each hop of a transfer, in order; the kind is the
         transfer, or "back" on the way back of a sync."""
-        first = self.specs[0]
+        specs = self.travelling(transfer, backward)
+        if not specs:
+            return []
+        first = specs[0]
         found: list[tuple[str, str, int, str, int]] = []
         for level, wire, kind in cost.transfer_levels(first, transfer):
-            received = sum(cost.hop_bytes(spec.layout, level, wire, kind) for spec in self.specs)
+            received = sum(cost.hop_bytes(spec.layout, level, wire, kind) for spec in specs)
             if received:
                 found.append((kind, first.levels[level - 1], first.sizes[level - 1], wire.short, received))
         return found
@@ -265,27 +273,27 @@ class Skeleton:
 
     def _gather(self, nodes: _Nodes, piece: Piece, fresh: bool) -> Node:
         """fresh: the copy is known to be (in a backward), else the graph waits for it."""
-        first, names = piece.specs[0], piece.names
+        specs = piece.travelling("gather", backward=fresh)
+        first, names = specs[0], tuple(spec.name for spec in specs)
         rows = first.layout.shards // first.layout.extents[first.w]
-        size = sum(rows * spec.stored.bytes(spec.layout.shard) for spec in piece.specs)
+        size = sum(rows * spec.stored.bytes(spec.layout.shard) for spec in specs)
         x = nodes.input(f"copy_{first.unit}", size)
         x.meta[TRANSFER] = "gather"
         if not fresh and _has_copy(first):
             x = nodes.wait_for_copy(x, names)
-        hops = piece.hops("gather")
+        hops = piece.hops("gather", backward=fresh)
         for hop in hops:
             x = nodes.hop(x, hop, "gather", names, 0)
         width = torch.empty(0, dtype=getattr(torch, first.compute)).itemsize
-        if hops and (
-            first.stored.quantized or not all(spec.layout.dense for spec in piece.specs) or len(piece.specs) > 1
-        ):
-            x = nodes.moved("unpack", [x], piece.numel * width, _size(x), "gather", names)
+        if hops and (first.stored.quantized or not all(spec.layout.dense for spec in specs) or len(specs) > 1):
+            x = nodes.moved("unpack", [x], numel(specs) * width, _size(x), "gather", names)
         return x
 
     def _reduce(self, nodes: _Nodes, piece: Piece, gradient: Node, accumulate: bool) -> list[Node]:
-        first, names = piece.specs[0], piece.names
+        first, names = piece.reduced[0], tuple(spec.name for spec in piece.reduced)
         width = torch.empty(0, dtype=getattr(torch, first.compute)).itemsize
-        x, whole, message = gradient, piece.numel, piece.numel * width
+        x, whole = gradient, numel(piece.reduced)
+        message = whole * width
         rows = first.layout.extents[-1]
         for transfer in ("reduce",) if accumulate else ("reduce", "sync"):
             for hop in piece.hops(transfer):
@@ -302,10 +310,13 @@ class Skeleton:
                 message = FLOAT * whole * rows // first.layout.extents[-1]
                 x = nodes.moved("sum", [x], message, sent, transfer, names)
         if accumulate:
-            x = nodes.moved(
-                "accumulate", [x], 0, 2 * FLOAT * piece.numel // first.layout.extents[first.g], "reduce", names
-            )
+            x = nodes.moved("accumulate", [x], 0, 2 * FLOAT * whole // first.layout.extents[first.g], "reduce", names)
         return [x]
+
+
+def numel(specs: Sequence[ParamSpec]) -> int:
+    """Elements with padding: what a gather makes whole."""
+    return sum(spec.layout.shards * spec.layout.shard for spec in specs)
 
 
 def _size(node: Node) -> int:
@@ -323,9 +334,17 @@ def pieces(workload: Workload, plan: ResolvedPlan) -> list[Piece]:
     for number, run in enumerate(grouped(workload.module, plan, workload.compute)):
         bare = [ParamSpec(**fields, unit=f"u{number}", offset=0, unit_shard=0) for _, fields in run]
         uses = [workload.uses[spec.name] for spec in bare]
+        specs = side_by_side(bare)
+        read, again, reduced = (
+            tuple(spec for spec, use in zip(specs, uses, strict=True) if getattr(use, when) >= 0)
+            for when in ("forward", "backward", "gradient")
+        )
         found.append(
             Piece(
-                tuple(side_by_side(bare)),
+                tuple(specs),
+                read,
+                again,
+                reduced,
                 run[0][0].requires_grad,
                 min((use.forward for use in uses if use.forward >= 0), default=-1),
                 min((use.backward for use in uses if use.backward >= 0), default=-1),

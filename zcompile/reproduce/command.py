@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
+from zcompile.bench.command import rates
 from zcompile.bench.network import NetworkError
 from zcompile.cli import write_json
 from zcompile.reproduce import collectives, paper, zeropp
@@ -31,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch", type=int, default=0, help="of reach: samples per rank (default: by model)")
     parser.add_argument("--steps", type=int, default=3, help="of local: measured steps (default: %(default)s)")
     parser.add_argument("--overlap", type=int, default=0, help="of local: buckets under way (default: %(default)s)")
+    parser.add_argument(
+        "--mbit", metavar="NODE,CLUSTER", action="append", help="of local: a regime, in Mbit/s; may be given again (default: 400,100 and 100,25)"
+    )
     parser.add_argument("--native", action="store_true", help="of reach: the best plan has native formats only")
     parser.add_argument(
         "--plot", metavar="FOLDER", default="", help="of reach: draw the curves there; needs matplotlib"
@@ -62,11 +67,12 @@ def command(arguments: argparse.Namespace) -> int:
     return 0 if report.held else 1
 
 
-def _run(arguments: argparse.Namespace, say: object) -> Report:
+def _run(arguments: argparse.Namespace, say: Callable[[str], None]) -> Report:
     if arguments.what == "local":
         from zcompile.reproduce import local
 
-        return local.run(arguments.model or "gpt-4m", arguments.steps, arguments.overlap, say)  # type: ignore[arg-type]
+        regimes = [found for text in arguments.mbit or () if (found := rates(text))] or local.REGIMES
+        return local.run(arguments.model or "gpt-4m", arguments.steps, arguments.overlap, regimes, say)
     if arguments.what == "reach":
         from zcompile.planner.search import PAPER
         from zcompile.reproduce import reach

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,14 @@ TIMEOUT = 600.0
 NAMES = tuple(name for name in PRESETS if name not in ("fsdp", "mics"))
 
 
-def run(model: str = "gpt-4m", steps: int = 3, overlap: int = 0, say: Callable[[str], None] = lambda _: None) -> Report:
-    """NetworkError without root or iproute2."""
+def run(
+    model: str = "gpt-4m",
+    steps: int = 3,
+    overlap: int = 0,
+    regimes: Sequence[tuple[float, float]] = REGIMES,
+    say: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Calibrate, predict and measure, on each of the regimes in turn. NetworkError without root or iproute2."""
     lack = network.missing()
     if lack:
         raise network.NetworkError(lack)
@@ -43,7 +49,7 @@ def run(model: str = "gpt-4m", steps: int = 3, overlap: int = 0, say: Callable[[
         f"{model} on {SIZES}, seconds a step",
         ["Mbit/s, preset", "measured", "predicted", "predicted / measured", "exposed, predicted"],
     )
-    for mbit in REGIMES:
+    for mbit in regimes:
         data = calibrate(SIZES, mbit)
         say(f"{mbit[0]:g},{mbit[1]:g} Mbit/s: calibrated")
         measured, predicted = {}, {}
