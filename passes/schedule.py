@@ -20,23 +20,29 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from zcompile.machines import Device
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import COLLECTIVES, WAIT, arrange, collective_of, find
+from zcompile.passes.nodes import COLLECTIVES, PEER_GATHER, WAIT, arrange, collective_of, find
 from zcompile.times import Lanes, hop_seconds, node_seconds
 
 NAME = "schedule"
 
 
 def run(gm: GraphModule, context: Context) -> None:
+    place(gm.graph, context)
+
+
+def place(graph: Graph, context: Context) -> None:
+    """The pass, on a graph that no module holds."""
     if not context.overlap:
         context.note("off: each hop is waited for where it is launched")
         return
-    schedule = _Schedule(gm.graph, context)
+    schedule = _Schedule(graph, context)
     order = schedule.order()
     if order is None:
         context.note("off: a buffer is written on the way of a transfer, whose order must stay")
         return
-    arrange(gm.graph, order)
+    arrange(graph, order)
     context.expected = {"seconds": schedule.now, **{f"exposed {k}": v for k, v in schedule.exposed.items()}}
     context.note(
         f"{len(schedule.gathers)} gathered buckets, {len(schedule.reductions)} reductions, at most {context.overlap + 1} of each in "
@@ -106,8 +112,8 @@ class _Schedule:
         self.at = {node: number for number, node in enumerate(self.nodes)}
         self.overlap, self.memory = context.overlap, context.memory
         topology = context.plan.topology
-        self.seconds = {node: node_seconds(node, topology.device) for node in self.nodes}
         self.lanes = Lanes(topology.levels)
+        self.seconds = {node: self._seconds(node, topology.device) for node in self.nodes}
         self.gathers = self._gathers(context)
         self.reductions = self._reductions()
         self.now = 0.0
@@ -143,6 +149,13 @@ class _Schedule:
                 starts[node].done = 1
                 self._flying.append(starts[node])
         return self._out if self._same_program(self._out) else None
+
+    def _seconds(self, node: Node, device: Device) -> float:
+        """On the lane that computes; a kernel that reads other ranks' memory has it while its level's links work."""
+        if node.target is PEER_GATHER:
+            entry = collective_of(node)
+            return hop_seconds(self.lanes.levels[entry.level], entry.bytes)
+        return node_seconds(node, device)
 
     # -- the lanes ---------------------------------------------------------------------------------------------------------------
 

@@ -11,11 +11,12 @@ from zcompile.api import (
     load_feedback_state,
     mark_written,
 )
-from zcompile.plan import Plan, Rule
+from zcompile.plan import Auto, Plan, Rule
 from zcompile.topology import Level, Topology
 from zcompile.wire import WireFormat
 
 __all__ = [
+    "Auto",
     "Level",
     "Plan",
     "Rule",

@@ -34,17 +34,21 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.decorators import skip, skip_code
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses import FakeTensorMode  # read from torch 2.13
 from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import (
     allow_inflight_collective_as_graph_input_ctx,
 )  # read from torch 2.13
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode  # read from torch 2.13
 
 __all__ = [
+    "FakeTensorMode",
     "HashStore",
     "PrefixStore",
     "Store",
     "TCPStore",
+    "TorchDispatchMode",
     "all_gather",
     "allow_inflight_launch",
     "backend_config",

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
@@ -20,7 +21,7 @@ from zcompile.front import Root, install, whole_call
 from zcompile.launcher import init_from_launcher, topology_of_job
 from zcompile.options import Options
 from zcompile.params import named_owners
-from zcompile.plan import Plan, ResolvedPlan
+from zcompile.plan import Auto, Plan, ResolvedPlan
 from zcompile.runtime import Runtime
 from zcompile.topology import Topology
 
@@ -53,8 +54,9 @@ def hierarchical_zero(module_or_class: M, **settings: Any) -> M: ...
 def hierarchical_zero(module_or_class: None = None, **settings: Any) -> Callable[[C], C]: ...
 
 
-def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str | None = None, plan: Plan | str = "zero_topo",
-                      compute_dtype: torch.dtype | None = None, compile: bool = True, **options: Any) -> Any:  # fmt: skip
+def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str | None = None, plan: Plan | Auto | str = "zero_topo",
+                      compute_dtype: torch.dtype | None = None, compile: bool = True, example: Any = None,
+                      **options: Any) -> Any:  # fmt: skip
     """Shard a model over the levels of the machine and compile its forward and backward with the transfers in the graph.
 
     As a decorator on an nn.Module class (bare or with arguments) every instance is wrapped when it has been constructed; called with
@@ -63,9 +65,12 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
 
     Args:
         topology: a Topology, "frontier", "frontier:48", "2x2x2", ...; None: found from the launcher.
-        plan: a Plan or the name of a preset.
+        plan: a Plan, the name of a preset, or "auto" (an Auto says more): the planner chooses placements, buckets and overlap, and of
+            formats native ones unless others are allowed.
         compute_dtype: dtype in which weights are gathered and inputs are cast (torch.float32 or torch.bfloat16); None: the model's own.
         compile: False leaves the forward to eager torch, or to `torch.compile(model, backend="hierarchical_zero")`.
+        example: for plan="auto": inputs of one micro-batch (a tensor, or a tuple of what the forward takes), run once on fake tensors to
+            see what the model computes and keeps; without it the planner has the parameters' shapes alone.
         options: see zcompile.options.Options.
 
     Raises:
@@ -78,7 +83,9 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
         topology, plan, compute_dtype = (_REPLACED.get(name, value) for name, value in zip(own, given, strict=True))
         options |= {name: value for name, value in _REPLACED.items() if name not in own}
     parsed = Options.parse(options)
-    plan = Plan.parse(plan)
+    wanted = plan if isinstance(plan, Auto) else Auto() if plan == "auto" else Plan.parse(plan)
+    if example is not None and not isinstance(wanted, Auto):
+        raise ValueError(f"example=... is for plan='auto': the plan {getattr(wanted, 'name', plan)!r} needs none")
     if isinstance(topology, str):
         _check_topology_text(topology)
     if compute_dtype is not None and compute_dtype not in FLOATS:
@@ -87,7 +94,7 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
         )
 
     def wrap(module: nn.Module) -> nn.Module:
-        return _wrap(module, topology, plan, compute_dtype, compile, parsed)
+        return _wrap(module, topology, wanted, compute_dtype, compile, parsed, example, "overlap" in options)
 
     if module_or_class is None:
         return lambda cls: _decorate(cls, wrap)
@@ -115,8 +122,8 @@ def _decorate(cls: Any, wrap: Callable[[nn.Module], nn.Module]) -> Any:
     return Constructing(cls.__name__, (cls,), names)
 
 
-def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute_dtype: torch.dtype | None, compile: bool,
-          options: Options) -> nn.Module:  # fmt: skip
+def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan | Auto, compute_dtype: torch.dtype | None, compile: bool,
+          options: Options, example: Any, keeps_overlap: bool) -> nn.Module:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TypeError(f"hierarchical_zero wraps an nn.Module, not {type(model).__name__}")
     compute = _check_model(model, compute_dtype)
@@ -130,6 +137,13 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
             f"topology {found.key}: levels beyond the world (`site`) need an outer strategy, which this version has not"
         )
     runtime = Runtime.get(found, timeout=options.timeout)
+    if isinstance(plan, Auto):
+        from zcompile.planner.auto import choose
+
+        plan, overlap, said = choose(model, plan, found, compute, example)
+        options = options if keeps_overlap else replace(options, overlap=overlap)
+        if runtime.rank == 0:
+            print(f"zcompile: {said}", file=sys.stderr, flush=True)
     main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")
     resolved = plan.resolve(found, main, _chip(device))
     _agree(runtime, model, resolved, compute, options)

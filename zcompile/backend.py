@@ -118,6 +118,8 @@ class Compilation:
                 dict(details["get_decomp_fn"]()) if "get_decomp_fn" in details else default_decompositions()
             )
         runner.run(gm, passes.LOWERED, context, self.observer)
+        if self.engine.graphs is not None:
+            self.engine.graphs.append((stage, gm))
         collectives = [collective_of(node) for node in find(gm.graph, *TRAFFIC)]
         order, compiled = pin.order(gm), traffic(gm)
         begin, misses = time.perf_counter(), code_cache_misses()

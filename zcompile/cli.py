@@ -31,6 +31,18 @@ COMMANDS = {
         "zcompile.debug.measured",
         "a torch.profiler trace of a dumped job's steps beside what was expected of them, in the dump's page",
     ),
+    "plan": (
+        "zcompile.planner.command",
+        "which placements, formats and buckets, and what a step costs, on a machine that need not be here: table, formulas, pictures",
+    ),
+    "calibrate": (
+        "zcompile.calibrate",
+        "measure this machine's levels and computing, and write the file that a topology can be made of",
+    ),
+    "reproduce": (
+        "zcompile.reproduce.command",
+        "the cost model beside published measurements and runs on this machine: paper, zeropp, collectives, local, reach",
+    ),
     "bytes": (
         "zcompile.compare_bytes",
         "bytes per level of a small GPT under native and quantised plans, beside FSDP2 and HSDP, counted on eight local processes",

@@ -112,6 +112,8 @@ class Engine:
         self.programs: list[Any] = []
         self.steps: dict[int, Any] = {}
         """What zcompile.explain shows: the last compilations, by number."""
+        self.graphs: list[tuple[str, Any]] | None = None
+        """(stage, lowered graph) of what is compiled; kept where somebody put a list here (zcompile.planner.traced)."""
         self._checksums: dict[Unit, Tensor] = {}
 
     # -- forward ---------------------------------------------------------------------------------------------------------------

@@ -412,7 +412,7 @@ def _owner(node: Node) -> str:
     """Whose the storage is that a node makes; "" if it is model state."""
     ours = [user for user in node.users if TRANSFER in user.meta]
     if node.op == "placeholder":
-        return "" if ours or not node.users else "activations"
+        return "" if ours or TRANSFER in node.meta or not node.users else "activations"
     transfer = node.meta.get(TRANSFER)
     if transfer is None:
         return "gradients" if any(user.meta[TRANSFER] != "gather" for user in ours) else "activations"

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from zcompile.machines import Device, Level
 
 EFFICIENCY = 0.5
-"""Part of the peak that matrix products are taken to reach: an assumption, not a measurement."""
+"""Part of the peak that matrix products are taken to reach where a device has no curve of its own: an assumption, not a measurement."""
+
+SECONDS = "zc_seconds"
+"""meta key of a node that stands for a stretch of a graph: (seconds, FLOPs) on the device."""
 
 _FREE = ("view", "reshape", "permute", "transpose", "expand", "squeeze", "unsqueeze", "select", "slice", "split", "detach", "alias", "t",
          "as_strided", "unbind", "getitem", "split_with_sizes", "narrow", "_unsafe_view", "empty", "wait_tensor")  # fmt: skip
@@ -78,38 +81,93 @@ class Lanes:
         return begin, end
 
 
+def flops(target: Any, args: Sequence[Any], keywords: Mapping[str, Any], value: Any) -> float:
+    """FLOPs of one operation on values (tensors, fake or not); 0 for what has none to speak of."""
+    packet = getattr(target, "overloadpacket", None)
+    if packet in _FLASH_ON_CPU:
+        return _FLASH_ON_CPU[packet](*args)
+    return float(flop_registry[packet](*args, **keywords, out_val=value)) if packet in flop_registry else 0.0
+
+
+def roofline(device: Device, count: float, moved: float, dtype: str) -> float:
+    """Seconds of one operation: the longer of its FLOPs, at the device's efficiency for so many, and the bytes that it moves."""
+    rate = _peak(device, dtype) * (at(device.efficiency, max(count, 1.0)) if device.efficiency else EFFICIENCY)
+    return max(count / rate, moved / device.memory_bandwidth, device.overhead)
+
+
+def is_free(target: Any) -> bool:
+    """Views and the like: nothing is computed and nothing moved."""
+    return _target_name(target) in _FREE or "_c10d_functional" in str(target)
+
+
+def is_pointwise(target: Any) -> bool:
+    """One element for each: compilers fuse chains of these, and what passes between two of them is not written."""
+    return torch.Tag.pointwise in getattr(target, "tags", ())
+
+
 def node_flops(node: Node) -> float:
     """FLOPs of one node; 0 for what has none to speak of."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if node.op != "call_function" or packet not in flop_registry:
+    if node.op != "call_function":
         return 0.0
+    if SECONDS in node.meta:
+        return float(node.meta[SECONDS][1])
     args, keywords = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    return float(flop_registry[packet](*args, **keywords, out_val=node.meta.get("val")))
+    return flops(node.target, args, keywords, node.meta.get("val"))
 
 
 def node_seconds(node: Node, device: Device) -> float:
     """Of one operation on the device; 0 for views, inputs and collectives."""
-    if node.op != "call_function" or _name(node) in _FREE or "_c10d_functional" in str(node.target):
+    if SECONDS in node.meta:
+        return float(node.meta[SECONDS][0])
+    if node.op != "call_function" or is_free(node.target):
         return 0.0
-    value, flops = node.meta.get("val"), node_flops(node)
-    moved = sum(_bytes(source.meta.get("val")) for source in node.all_input_nodes) + _bytes(value)
-    return max(flops / (EFFICIENCY * _peak(device, value)), moved / device.memory_bandwidth)
+    value = node.meta.get("val")
+    moved = sum(value_bytes(source.meta.get("val")) for source in node.all_input_nodes if not _stays_inside(source))
+    moved += 0 if _stays_inside(node) else value_bytes(value)
+    return roofline(device, node_flops(node), moved, value_dtype(value))
 
 
-def _name(node: Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(packet).rpartition(".")[2] if packet is not None else getattr(node.target, "__name__", "")
+def _stays_inside(node: Node) -> bool:
+    """A value that a fused chain makes and uses: no memory sees it."""
+    return is_pointwise(node.target) and bool(node.users) and all(is_pointwise(user.target) for user in node.users)
 
 
-def _bytes(value: Any) -> int:
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> float:
+    return float(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+) -> float:
+    return float(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+_FLASH_ON_CPU: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""Which torch's own registry (2.13) leaves out."""
+
+
+def _target_name(target: Any) -> str:
+    packet = getattr(target, "overloadpacket", None)
+    return str(packet).rpartition(".")[2] if packet is not None else getattr(target, "__name__", "")
+
+
+def value_bytes(value: Any) -> int:
+    """Of a tensor, or of all in a list or tuple."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.itemsize
-    return sum(_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
+    return sum(value_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
 
 
-def _peak(device: Device, value: Any) -> float:
-    """FLOP/s for the dtype of a result; that of the slowest known one where the device has no figure for it."""
+def value_dtype(value: Any) -> str:
+    """Name of the dtype of a result, of its first tensor where it has several."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value
-    name = str(getattr(first, "dtype", "")).removeprefix("torch.")
+    return str(getattr(first, "dtype", "")).removeprefix("torch.")
+
+
+def _peak(device: Device, dtype: str) -> float:
+    """FLOP/s for the dtype of a result; that of the slowest known one where the device has no figure for it."""
     rates = dict(device.peak_flops)
-    return rates.get(name, min(rates.values()))
+    return rates.get(dtype, min(rates.values()))

@@ -125,7 +125,7 @@ def _prepare(arguments: argparse.Namespace) -> Any:
     if arguments.compute_dtype is not None:
         settings["compute_dtype"] = DTYPES[arguments.compute_dtype]
     if arguments.plan is not None:
-        settings["plan"] = Plan.parse(arguments.plan)
+        settings["plan"] = arguments.plan if arguments.plan == "auto" else Plan.parse(arguments.plan)
     if arguments.model.endswith(".py"):
         path = Path(arguments.model)
         if not path.is_file():

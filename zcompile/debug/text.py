@@ -45,6 +45,7 @@ DTYPES = {
     "float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16",
     "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8",
 }  # fmt: skip
+_SHAPES = os.path.join("zcompile", "shapes.py")
 Inputs = dict[str, list[str]]
 """Of a placeholder: role -> the parameters for which it has it."""
 _ROLES = {"main": "main grad", "feedback reduce": "feedback of the reduce", "feedback sync": "feedback of the sync"}
@@ -122,8 +123,8 @@ def source(node: Node) -> str:
 
 @cache
 def is_users(path: str) -> bool:
-    """Whether a file is neither torch's nor ours."""
-    return not os.path.abspath(path).startswith(_OURS)
+    """Whether a file is neither torch's nor ours; the models that have a name are taken for a user's."""
+    return not os.path.abspath(path).startswith(_OURS) or path.endswith(_SHAPES)
 
 
 def describe_inputs(gm: GraphModule) -> dict[str, Inputs]:
