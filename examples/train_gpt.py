@@ -372,7 +372,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="BUCKETS",
-        help="transfers under way while it computes (default: none)",
+        help="transfers under way while it computes (default: %(default)s)",
     )
     option("--micro-batch", type=positive, default=2, help="windows per rank and micro-step (default: %(default)s)")
     option("--accumulate", type=positive, default=2, help="micro-steps per optimizer step (default: %(default)s)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -95,7 +95,8 @@ def derived(sources: Iterable[Node]) -> set[Node]:
 class Collective:
     """One entry of a graph's ordered collective list: equal on all ranks. `bytes` are those that one rank receives.
 
-    `wire` is the wire format, where it says more than the dtype: the bytes of a quantised message do not tell its block.
+    `wire` is the wire format, where it says more than the dtype: the bytes of a quantised message do not tell its block. `source` is the
+    user's line behind it, for errors: two ranks may have it in different files.
     The parameters are part of it: two gathers of equal size that stand in another order on one rank would else pass for equal lists, and
     each rank would take one weight for the other.
     """
@@ -107,10 +108,16 @@ class Collective:
     bytes: int
     parameters: tuple[str, ...]
     wire: str = ""
+    source: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         names = ", ".join(self.parameters)
         return f"{self.transfer} {self.op} over {self.level}, {self.wire or self.dtype}, {self.bytes} bytes, of {names}"
+
+    @property
+    def with_source(self) -> str:
+        """The text, and the user's line behind it where it is known."""
+        return f"{self}, at {self.source}" if self.source else str(self)
 
     @property
     def identity(self) -> tuple[Any, ...]:

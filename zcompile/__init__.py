@@ -18,6 +18,8 @@ from zcompile.api import (
     save,
 )
 from zcompile.deferred import deferred_init
+from zcompile.faults.checksums import ChecksumError
+from zcompile.faults.verdict import FaultError
 from zcompile.plan import Plan, Rule
 from zcompile.storage import CheckpointError, latest_checkpoint
 from zcompile.topology import Level, Topology
@@ -25,6 +27,8 @@ from zcompile.wire import WireFormat
 
 __all__ = [
     "CheckpointError",
+    "ChecksumError",
+    "FaultError",
     "Level",
     "Plan",
     "Rule",

@@ -50,6 +50,7 @@ __all__ = [
     "all_gather",
     "allow_inflight_launch",
     "backend_config",
+    "clone_store",
     "default_group",
     "default_store",
     "new_group",
@@ -101,6 +102,11 @@ def allow_inflight_launch() -> AbstractContextManager[None]:
 def default_store() -> Store:
     """The store of the default process group (read from torch 2.13)."""
     return distributed_c10d._get_default_store()
+
+
+def clone_store(store: Store) -> Store:
+    """The same store over a connection of its own: a request that waits does not hold up those of others (2.13: Store.clone)."""
+    return cast(Store, cast(Any, store).clone())
 
 
 def default_group() -> dist.ProcessGroup:

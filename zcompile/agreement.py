@@ -4,19 +4,23 @@ differs, and where.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from zcompile import _torch_compat as compat
+from zcompile.faults.sites import Site
+from zcompile.faults.verdict import FaultError
+from zcompile.faults.waits import closed_members, poll
+from zcompile.faults.watch import Watch
 
 _FRAME = 16  # words of the first message; two of them are the header (number of words, checksum of the step's name)
 _BODY = _FRAME - 2
@@ -24,6 +28,10 @@ _BODY = _FRAME - 2
 
 class AgreementError(RuntimeError):
     """Ranks disagree, or one did not answer. The text is the same on all ranks that got an answer."""
+
+
+class NoAnswer(FaultError, AgreementError):
+    """A rank did not come to an agreement in time: the verdict says which."""
 
 
 class Exchange:
@@ -37,15 +45,17 @@ class Exchange:
         head = [len(words), zlib.crc32(step.encode())]
         self._frame = agreement._launch(_padded(head + words[:_BODY], _FRAME))
 
-    def result(self, timeout: float | None = None) -> list[list[int]]:
-        """The words of every rank, by rank. AgreementError after `timeout` seconds, or if a rank is at another step."""
+    def result(self, timeout: float | None = None, patience: float = 0.0) -> list[list[int]]:
+        """The words of every rank, by rank. AgreementError if a rank is at another step, or after `timeout` seconds; `patience` seconds
+        while some rank compiles.
+        """
         if self._values is None:
-            self._values = self._take(timeout)
+            self._values = self._take(timeout, patience)
         return self._values
 
-    def _take(self, timeout: float | None) -> list[list[int]]:
+    def _take(self, timeout: float | None, patience: float) -> list[list[int]]:
         agreement, step = self._agreement, self._step
-        frames = agreement._finish(self._frame, step, timeout)
+        frames = agreement._finish(self._frame, step, timeout, patience)
         strangers = [rank for rank, frame in enumerate(frames) if frame[1] != zlib.crc32(step.encode())]
         if strangers:
             raise AgreementError(
@@ -65,15 +75,27 @@ class Agreement:
     With one rank, or on the fake backend, there is nobody to ask: every rank is taken to say what this one says.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, rank: int, world_size: int, timeout: float = 300.0) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        rank: int,
+        world_size: int,
+        timeout: float = 300.0,
+        watch: Watch | None = None,
+    ) -> None:
         self.group = group
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
+        self.watch = watch
 
-    def exchange(self, words: list[int], *, step: str = "exchange", timeout: float | None = None) -> list[list[int]]:
-        """Every rank's `words` (int64, any number, it may differ between ranks), by rank. `timeout` in seconds."""
-        return self.launch(words, step=step).result(timeout)
+    def exchange(
+        self, words: list[int], *, step: str = "exchange", timeout: float | None = None, patience: float = 0.0
+    ) -> list[list[int]]:
+        """Every rank's `words` (int64, any number, it may differ between ranks), by rank. Raises after `timeout` seconds (None: those of
+        this object); while some rank compiles, after `patience`.
+        """
+        return self.launch(words, step=step).result(timeout, patience)
 
     def launch(self, words: list[int], *, step: str = "exchange") -> Exchange:
         """`exchange` without waiting."""
@@ -128,26 +150,51 @@ class Agreement:
         return gathered, compat.all_gather(gathered, mine, self.group)
 
     def _finish(
-        self, launched: tuple[torch.Tensor, dist.Work | None], step: str, timeout: float | None
+        self, launched: tuple[torch.Tensor, dist.Work | None], step: str, timeout: float | None, patience: float = 0.0
     ) -> list[list[int]]:
         gathered, work = launched
-        self._wait(work, step, timeout)
+        self._wait(work, step, timeout, patience)
         rows: list[list[int]] = gathered.view(self.world_size, -1).tolist()
         return rows
 
-    def _wait(self, work: dist.Work | None, step: str, timeout: float | None) -> None:
+    def _wait(self, work: dist.Work | None, step: str, timeout: float | None, patience: float = 0.0) -> None:
         if work is None:
             return
         limit = self.timeout if timeout is None else timeout
         start = time.monotonic()
-        try:
-            work.wait(timedelta(seconds=limit))
-        except RuntimeError as error:
-            raise AgreementError(
-                f"agreement step `{step}` on rank {self.rank}: no answer from all {self.world_size} ranks after "
-                f"{time.monotonic() - start:.1f} s (limit {limit:g} s); a rank is late, gone or at another "
-                f"step. torch said: {error}"
-            ) from error
+        site = self._site(step)
+        error: Exception | str = f"no answer after {limit:g} s"
+        with contextlib.nullcontext() if self.watch is None else self.watch.waiting(site):
+            try:
+                while not poll(work, limit, self.watch):
+                    if self.watch is None or time.monotonic() - start > patience:
+                        break
+                    if self.watch.excused():
+                        continue
+                    if poll(work, min(limit, 2.0), self.watch):  # it may have come while we asked
+                        return
+                    break
+                else:
+                    return
+            except FaultError as known:
+                raise NoAnswer(str(known), known.verdict) from None
+            except RuntimeError as found:
+                error = found
+            what = f"agreement step `{step}` on rank {self.rank}: no answer from all {self.world_size} ranks after "
+            what += f"{time.monotonic() - start:.1f} s (limit {limit:g} s)"
+            if self.watch is None or self.group is None:
+                raise AgreementError(f"{what}; a rank is late, gone or at another step. torch said: {error}") from None
+            closed = () if isinstance(error, str) else closed_members(self.group, site.members)
+            fault = self.watch.lost(site, error, closed=closed, limit=limit, since=start)
+        raise NoAnswer(f"{what}. {fault}", fault.verdict) from None
+
+    def _site(self, step: str) -> Site:
+        members = tuple(range(self.world_size))
+        return (
+            Site("world", "agreement", step, 0, members)
+            if self.watch is None
+            else self.watch.site("world", "agreement", step, members)
+        )
 
 
 def first_difference(left: Any, right: Any, path: str = "") -> tuple[str, str, str] | None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import checkpoint, covered, feedback, formats, gradients, optimizers, pretrained, traffic
+from zcompile import checkpoint, code_cache, covered, feedback, formats, gradients, optimizers, pretrained, traffic
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.deferred import Start, deferred_init
 from zcompile.engine import Engine
@@ -120,7 +120,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
         raise TypeError(f"hierarchical_zero wraps an nn.Module, not {type(model).__name__}")
     compute = _check_model(model, compute_dtype)
     device, start = _start(model, beginning)
-    init_from_launcher(device)
+    init_from_launcher(device, timeout=options.timeout)
     world = dist.get_world_size()
     found = topology_of_job(topology, device, world)
     found.check_world(world)
@@ -128,7 +128,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
         raise ValueError(
             f"topology {found.key}: levels beyond the world (`site`) need an outer strategy, which this version has not"
         )
-    runtime = Runtime.get(found, timeout=options.timeout)
+    runtime = Runtime.get(found, timeout=options.timeout, collective_timeout=options.timeout)
     main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")
     resolved = plan.resolve(found, main, _chip(device))
     _agree(runtime, model, resolved, compute, options)
@@ -149,6 +149,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
     if files is not None:
         together(engine.runtime, lambda: pretrained.load(model, engine, files), f"{files.folder} cannot be loaded")
     optimizers.guard()
+    code_cache.keep_writable()
     gradients.guard()
     if compile:
         engine.compiled = torch.compile(

@@ -14,13 +14,14 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
 
-from zcompile import passes
+from zcompile import code_cache, passes
 from zcompile._torch_compat import (
     GraphPass,
     aot_cache_off,
@@ -31,7 +32,9 @@ from zcompile._torch_compat import (
     generated_code,
 )
 from zcompile.covered import break_of
+from zcompile.debug.text import source
 from zcompile.engine import Engine, current_engine
+from zcompile.faults import memory
 from zcompile.options import Options
 from zcompile.passes import pin, runner
 from zcompile.passes.context import Context
@@ -64,7 +67,7 @@ def hierarchical_zero_backend(gm: GraphModule, example_inputs: Sequence[Any], *,
         )
     if unknown:
         raise ValueError(f"zcompile: unknown arguments of the backend 'hierarchical_zero': {', '.join(unknown)}")
-    engine.options = engine.options.merged(options)
+    engine.set_options(engine.options.merged(options))
     return Compilation(engine, engine.options).compile(gm, example_inputs)
 
 
@@ -119,12 +122,14 @@ class Compilation:
             )
         reads = frozenset(spec_of(node).name for node in find(gm.graph, GATHER))
         runner.run(gm, passes.LOWERED, context, self.observer)
-        collectives = [collective_of(node) for node in find(gm.graph, *TRAFFIC)]
+        collectives = [replace(collective_of(node), source=source(node)) for node in find(gm.graph, *TRAFFIC)]
+        self.engine.note_sources(collectives)
         order, compiled = pin.order(gm), traffic(gm)
         begin, misses = time.perf_counter(), code_cache_misses()
         code = self._generate(gm, example_inputs, details, order) if self.options.codegen else boxed(gm)
         program = Program(context.name, stage, self.engine, code, collectives, context.predicted, compiled)
         program.expected, program.reads = context.expected, reads
+        program.peaks = memory.peaks(gm)
         program.seconds = {**context.seconds, "codegen": time.perf_counter() - begin}
         if self.options.codegen:
             program.code = "generated" if code_cache_misses() > misses else "loaded"
@@ -150,7 +155,7 @@ class Compilation:
         key = f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.{'b' if details.get('is_backward') else 'f'}"
 
         def make() -> Any:
-            return compile_fx_inner(gm, example_inputs, **details)
+            return code_cache.loaded_or_made(lambda: compile_fx_inner(gm, example_inputs, **details))
 
         compiled = self.engine.runtime.generate_once(key, make, make, timeout=self.options.compile_timeout)
         pin.check_code(generated_code(compiled), order)

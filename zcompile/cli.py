@@ -39,6 +39,10 @@ COMMANDS = {
         "zcompile.kernel_bench",
         "time the quantisers beside a copy of the memory, eager torch and torch.compile, in one run",
     ),
+    "doctor": (
+        "zcompile.doctor.command",
+        "look at a job before it trains: launcher, core binding, topology, network variables, versions, communicators one by one",
+    ),
     "overhead": (
         "zcompile.overhead",
         "one process, 1x1x1, against plain torch.compile: step time and memory, side by side",

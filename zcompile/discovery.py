@@ -31,7 +31,7 @@ class Found:
     order: tuple[int, ...] | None = None
 
 
-class _Seat(NamedTuple):
+class Seat(NamedTuple):
     """What one rank tells the others."""
 
     host: str
@@ -53,14 +53,14 @@ def discover(
             raise ValueError(f"pci {pci!r} was given without `gather`: pairs need the addresses of the other ranks")
         return from_launcher(env, world_size)
     own = None if pci is None else normal_pci(pci)
-    package = None if own is None or pairs is None else _package(own, pairs)
-    seats = [_Seat(*seat) for seat in gather(tuple(_Seat(host or socket.gethostname(), own, package)))]
+    package = None if own is None or pairs is None else package_of(own, pairs)
+    seats = [Seat(*seat) for seat in gather(tuple(Seat(host or socket.gethostname(), own, package)))]
     if world_size is not None and world_size != len(seats):
         raise ValueError(f"world_size is {world_size}, but {len(seats)} ranks answered")
     return from_seats(seats)
 
 
-def from_seats(seats: Sequence[_Seat]) -> Found:
+def from_seats(seats: Sequence[Seat]) -> Found:
     """Placement from what each rank said, in rank order. The same answer on every rank, as the list is the same."""
     hosts: dict[str, list[int]] = {}
     for rank, seat in enumerate(seats):
@@ -87,7 +87,7 @@ def from_seats(seats: Sequence[_Seat]) -> Found:
     return Found(per_node, len(hosts), paired, order)
 
 
-def _packages(host: str, ranks: list[int], seats: Sequence[_Seat]) -> list[list[int]]:
+def _packages(host: str, ranks: list[int], seats: Sequence[Seat]) -> list[list[int]]:
     """The ranks of one host by package, lowest rank first; inside a package in PCI order."""
     by_address = sorted(ranks, key=lambda rank: seats[rank].pci or "")
     for a, b in itertools.pairwise(by_address):
@@ -120,7 +120,7 @@ def normal_pci(address: str) -> str:
     return f"{domain:04x}:{bus:02x}:{device:02x}"
 
 
-def _package(own: str, pairs: Sequence[tuple[str, str]]) -> str:
+def package_of(own: str, pairs: Sequence[tuple[str, str]]) -> str:
     table = [tuple(sorted(normal_pci(address) for address in pair)) for pair in pairs]
     for pair in table:
         if own in pair:

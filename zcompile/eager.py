@@ -12,6 +12,7 @@ are frames that Dynamo tries next. The transfers here are none of the model's co
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from zcompile import transfers
 from zcompile.covered import line_of_user
+from zcompile.faults.sites import Parameters, about
 from zcompile.ops import ACCUMULATE, compensated, finish, needs_wait, watch
 from zcompile.params import Slot
 
@@ -62,7 +64,8 @@ def whole(slot: Slot, call: Any) -> Tensor:
     if needs_wait(spec):
         copy = torch.ops._c10d_functional.wait_tensor(copy)
     call.engine.traffic.op("gather", spec)
-    out = transfers.gather(copy, [spec])[0]
+    with about(Parameters((slot.name,), slot.source, "eager code")):
+        out = transfers.gather(copy, [spec])[0]
     storage = out.untyped_storage()
     if storage._cdata != copy.untyped_storage()._cdata:
         call.wholes[storage._cdata] = (StorageWeakRef(storage), slot)
@@ -79,6 +82,7 @@ def read(slot: Slot) -> Tensor:
     call = engine.call
     if slot.name not in engine.reads.eager:
         engine.reads.eager[slot.name] = line_of_user()
+    slot.source = slot.source or os.path.basename(engine.reads.eager[slot.name])
     leaf = slot.token if call.phase == ACCUMULATE else slot.leaf
     assert leaf is not None
     if not (leaf.requires_grad and torch.is_grad_enabled()):
@@ -113,10 +117,11 @@ def _settle(call: Any, reads: _Reads) -> Tensor | None:
     reads.total, reads.open = None, reads.count
     spec, traffic = slot.spec, call.engine.traffic
     traffic.op("reduce", spec)
-    reduced = transfers.reduce([compensated(grad, slot.errors, spec, "reduce")], [spec])
-    if call.phase != ACCUMULATE:
-        traffic.op("sync", spec)
-    return finish(reads.main, slot.errors, reduced, spec.text, call.phase)
+    with about(Parameters((slot.name,), slot.source, "a backward")):
+        reduced = transfers.reduce([compensated(grad, slot.errors, spec, "reduce")], [spec])
+        if call.phase != ACCUMULATE:
+            traffic.op("sync", spec)
+        return finish(reads.main, slot.errors, reduced, spec.text, call.phase)
 
 
 class _Saved:

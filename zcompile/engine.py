@@ -26,6 +26,8 @@ from zcompile._torch_compat import all_gather, in_backward, many_graphs, wrap_lo
 from zcompile.agreement import pack_flags, set_anywhere
 from zcompile.covered import Reads
 from zcompile.eager import flush, keep_wholes_out
+from zcompile.faults.checksums import ChecksumError, checksum
+from zcompile.faults.sites import Parameters, about
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC, compensated
 from zcompile.params import MASTER, Slot, Unit, build
 from zcompile.plan import ResolvedPlan
@@ -49,6 +51,11 @@ LOSSES = 64
 """Of so many forwards of one step the loss is kept, to say whose was not finite."""
 _ENGINES: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
 _count = 0
+
+
+def engines() -> list[Engine]:
+    """Those of this process that are alive."""
+    return list(_ENGINES.values())
 
 
 def current_engine() -> Engine | None:
@@ -129,7 +136,10 @@ class Engine:
         """Bytes of whole tensors that were alive at once while a model from the meta device got its values."""
         self.saving: Any = None
         """A checkpoint that is being written in the background: zcompile.checkpoint."""
+        self.running: Any = None
+        """The compiled graph that runs, or that an error broke off."""
         self._checksums: dict[Unit, Tensor] = {}
+        self._copy_sums: dict[Unit, Tensor] = {}
         self.losses: list[Tensor] = []
         """What training forwards returned since the last step, where it was one number."""
         self.reads = Reads()
@@ -138,6 +148,14 @@ class Engine:
         """Of Dynamo's graphs: "reason" and "where"."""
         self.skipped = 0
         """Steps that were skipped because a gradient was not finite: zcompile.gradients."""
+        self.set_options(options)
+
+    def set_options(self, options: Any) -> None:
+        """Options that may change while the model lives: `torch.compile(..., options=)` brings its own."""
+        self.options = options
+        self.runtime.limit(options.timeout)
+        self.refresher.drain()  # its messages are compared, or not, on all ranks
+        self.runtime.verify_messages(options.checks == "checksums")
 
     # -- forward ---------------------------------------------------------------------------------------------------------------
 
@@ -156,14 +174,19 @@ class Engine:
         try:
             self._check_unchanged()
             self._check_written()
+            self._check_copies()
         except Exception as error:  # raised after the others were told, who would wait for this rank otherwise
             refusal = error
         flags = [unit.stale for unit in self.units] + [unit.wants_full for unit in self.units]
         agreed = self._agree(phase, flags, refusal)
+        if self.runtime.watch is not None:
+            self.runtime.watch.in_step()
         self.traffic.start(evaluation=phase == NONE)
         old = [unit for unit, is_old in zip(self.units, agreed, strict=False) if is_old]
         full = {unit for unit, wanted in zip(self.units, agreed[len(self.units) :], strict=True) if wanted}
         self.refresher.launch(old, full)
+        for unit in old:
+            self._copy_sums.pop(unit, None)
         self.traffic.refreshed(old, full)
         self._check_fresh()
         self.reads = Reads()
@@ -188,13 +211,20 @@ class Engine:
 
     @torch.compiler.disable
     def abandon(self, before: _Before) -> None:
-        """After a forward that raised (and part of every `end`)."""
+        """Part of every `end` and `broke_off`."""
         before.contexts.close()
         READING.engine, READING.phase, self.call = before.engine, before.phase, before.call
         for slot in self.slots:
             slot.leaf = slot.token = slot.main = None
         self.refresher.drain()
+        self._sum_copies()
         self.traffic.stop()
+
+    def broke_off(self, before: _Before, error: BaseException) -> None:
+        """After a forward that raised `error`."""
+        if self.runtime.watch is not None:
+            self.runtime.watch.broke_off(error)
+        self.abandon(before)
 
     def _phase(self) -> str:
         if not torch.is_grad_enabled() or not any(slot.master.requires_grad for slot in self.slots):
@@ -265,6 +295,22 @@ class Engine:
                 )
             self._checksums[unit] = now
 
+    def _sum_copies(self) -> None:
+        """Option checks="checksums": what a refresh has written, for `_check_copies`."""
+        if self.options.checks == "checksums":
+            for unit in self.units:
+                if unit.cached and unit not in self._copy_sums:
+                    self._copy_sums[unit] = checksum(unit.copy)
+
+    def _check_copies(self) -> None:
+        for unit, then in self._copy_sums.items():
+            if self.options.checks == "checksums" and not torch.equal(checksum(unit.copy), then):
+                names = ", ".join(slot.name for slot in unit.slots)
+                raise ChecksumError(
+                    f"zcompile: rank {self.runtime.rank}: the compute copy of {names} is not what its refresh wrote: bits changed in this "
+                    "rank's memory"
+                )
+
     def _check_fresh(self) -> None:
         """Every refresh that was needed has been launched: no gather reads an old copy."""
         for unit in self.units:
@@ -286,14 +332,20 @@ class Engine:
 
     def agree_on(self, program: Any) -> None:
         """Before a compiled graph runs: every rank is about to run one with the same ordered collective list."""
-        patience = self.options.compile_timeout if program.runs == 0 else None  # another rank may still be compiling
-        rows = self.runtime.agreement.exchange([program.identity], step=f"a {program.stage}", timeout=patience)
+        patience = self.options.compile_timeout  # another rank may still be compiling
+        rows = self.runtime.agreement.exchange([program.identity], step=f"a {program.stage}", patience=patience)
         if all(row[0] == program.identity for row in rows):
             return
         self.runtime.agreement.compare(
-            f"collectives of this {program.stage}", [str(entry) for entry in program.collectives]
+            f"collectives of this {program.stage}", [entry.with_source for entry in program.collectives]
         )
         raise RuntimeError(f"zcompile: the ranks run different graphs ({program.name}), but their lists read the same")
+
+    def note_sources(self, collectives: Sequence[Any]) -> None:
+        """Remember at which of the user's lines each parameter is read, for errors outside any graph."""
+        lines = {name: entry.source for entry in reversed(collectives) for name in entry.parameters}
+        for slot in self.slots:
+            slot.source = slot.source or lines.get(slot.name, "")
 
     def main_grad(self, slot: Slot) -> Tensor:
         """The slot's main grad [E_o / E_g * shard] fp32 in this window, made on first use."""
@@ -439,7 +491,8 @@ class _Call:
         total = main.clone()
         main.zero_()
         self.engine.traffic.op("sync", slot.spec)
-        return transfers.sync(compensated(total, slot.errors, slot.spec, "sync"), [slot.spec]).reshape(-1)
+        with about(Parameters((slot.name,), slot.source, "a backward")):
+            return transfers.sync(compensated(total, slot.errors, slot.spec, "sync"), [slot.spec]).reshape(-1)
 
 
 class Unwrap(torch.autograd.Function):

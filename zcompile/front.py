@@ -98,8 +98,8 @@ class Root:
         token = engine.begin(eager=engine.compiled is None and outer is None)
         try:
             output = forward(*args, **kwargs)
-        except BaseException:
-            engine.abandon(token)
+        except BaseException as error:
+            engine.broke_off(token, error)
             raise
         return engine.end(token, output)
 

@@ -21,10 +21,19 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from zcompile import _torch_compat as compat
+from zcompile.faults.flight import Flight
+from zcompile.faults.watch import Watch
 from zcompile.swap import METHODS, MOST_MEMBERS, Swap
 
 _NUMBERS = itertools.count()
 """Of hops in a profiler's trace: see zcompile.overlap."""
+
+AGREEMENT = "agreement"
+"""The lane of the words that ranks exchange."""
+_PATIENT = 7 * 86400.0
+"""Seconds that its backend may take: whoever waits for an agreement has a limit of its own, and looks around meanwhile."""
+LATER = 60.0
+"""Seconds by which a backend's own time limit is later than ours, so that ours, which can say who is missing, comes first."""
 
 CounterKey = tuple[str, str, str]
 """(level name, transfer, op)"""
@@ -97,6 +106,8 @@ class CountingGroup(dist.ProcessGroup):
         tally: Tally,
         swap: Swap | None = None,
         stream: int = 0,
+        watch: Watch | None = None,
+        ranks: tuple[int, ...] = (),
     ) -> None:
         super().__init__(inner.rank(), inner.size())  # type: ignore[call-arg]
         self.inner = inner
@@ -106,6 +117,12 @@ class CountingGroup(dist.ProcessGroup):
         self.level = level
         self.transfer = transfer
         self.tally = tally
+        self.watch = watch
+        """None where nothing can be lost: one rank, or ranks on paper."""
+        self.ranks = ranks
+        """Global ranks of the members."""
+        self.checksums = False
+        """Whether what arrives is compared with what was sent: see zcompile.faults.checksums."""
         self._set_group_name(name)  # type: ignore[arg-type]
 
     def getBackendName(self) -> str:
@@ -199,12 +216,13 @@ _COLLECTIVES: dict[str, tuple[Received, tuple[str, ...]]] = {
 def _counted(op: str, method: str, received: Received) -> Callable[..., Any]:
     def collective(self: CountingGroup, *args: Any, **keywords: Any) -> Any:
         label = f"{self.level} {self.transfer} {next(_NUMBERS)}" if compat.profiling() else ""
-        with record_function(f"zc launch {label}") if label else contextlib.nullcontext():
-            work = METHODS[method](self.swap, args, self.stream) if self.swap and method in METHODS else None
-            if work is None:
-                work = getattr(self.inner, method)(*args, **keywords)
-            else:
-                work.label = label
+
+        def launch() -> Any:
+            with record_function(f"zc launch {label}") if label else contextlib.nullcontext():
+                work = METHODS[method](self.swap, args, self.stream) if self.swap and method in METHODS else None
+                return getattr(self.inner, method)(*args, **keywords) if work is None else work
+
+        work = launch() if self.watch is None else Flight.launch(launch, self, self.watch, op, args, label)
         self.tally.add((self.level, self.transfer, op), received(self, args))
         return work
 
@@ -234,6 +252,7 @@ class Communicators:
         self.fake = fake
         self.timeout = 300.0
         self.collective_timeout = 1800.0
+        self.watch: Watch | None = None
         self._made: dict[tuple[str, tuple[int, ...], str], dist.ProcessGroup] = {}
         self._swaps: dict[dist.ProcessGroup, Swap] = {}
         self._setups = 0
@@ -269,13 +288,37 @@ class Communicators:
             return None
         return self._swaps.setdefault(group, Swap(group, self.collective_timeout))
 
+    def limit(self, timeout: float, collective_timeout: float) -> None:
+        """The time limits from here on, also of the groups that were made before."""
+        self.timeout, self.collective_timeout = timeout, collective_timeout
+        for swap in self._swaps.values():
+            swap.timeout = collective_timeout
+        for (_, _, lane), group in self._made.items():
+            if not self.fake and lane != AGREEMENT:
+                compat.set_group_timeout(group, collective_timeout + LATER)
+        if self.watch is not None:
+            self.watch.timeout = collective_timeout
+
+    def start_watch(self) -> Watch | None:
+        """The watch over this default process group; None where nothing can be lost."""
+        if self.watch is None and not self.fake and dist.get_world_size() > 1:
+            store, on_device = compat.default_store(), self.device.type == "cuda"
+            self.watch = Watch(store, dist.get_rank(), dist.get_world_size(), self.collective_timeout, on_device)
+        return self.watch
+
+    def close(self) -> None:
+        """The default process group is another one now."""
+        if self.watch is not None:
+            self.watch.close()
+
     def _make(self, ranks: list[int], level: str, lane: str, backend: str | None) -> dist.ProcessGroup:
         subject = f"level `{level}`, lane `{lane}`, ranks {ranks}"
         try:
             group = compat.new_group(ranks, backend=backend, timeout=self.timeout, description=f"zc.{level}.{lane}")
             self._warm_up(group, ranks, torch.device("cpu") if backend == "gloo" else self.device)
             if not self.fake:
-                compat.set_group_timeout(group, self.collective_timeout)
+                later = _PATIENT if lane == AGREEMENT else self.collective_timeout + LATER
+                compat.set_group_timeout(group, later)
         except (RuntimeError, TimeoutError) as error:
             if isinstance(error, GroupError):
                 raise GroupError(f"process group of {subject}: {error}") from None

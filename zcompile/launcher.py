@@ -80,7 +80,8 @@ def init_from_launcher(device: str | torch.device | None = None, *, timeout: flo
     with `device` cuda.
 
     `device` None means cuda where torch has it. A cuda device is made current from LOCAL_RANK (or SLURM_LOCALID),
-    modulo the devices visible here. RuntimeError names the address when the ranks do not meet within `timeout` seconds.
+    modulo the devices visible here. `timeout`, in seconds, is also that of the group's own collectives.
+    RuntimeError names the address when the ranks do not meet within `timeout` seconds.
     """
     if dist.is_initialized():
         return
@@ -102,7 +103,7 @@ def init_from_launcher(device: str | torch.device | None = None, *, timeout: flo
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = compat.PrefixStore(f"/zcompile/attempt_{attempt}", store)
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, store=store)
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, store=store, timeout=limit)
     except (RuntimeError, TimeoutError) as error:
         raise RuntimeError(
             f"rank {launch.rank} of {launch.world_size}: no process group at {host}:{port} within {timeout:g} s. "

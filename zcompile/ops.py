@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from zcompile import transfers
+from zcompile.faults.sites import Parameters, about
 from zcompile.layout import ParamSpec
 
 ACCUMULATE, SYNC, DIRECT, NONE = "accumulate", "sync", "direct", "none"
@@ -55,7 +56,8 @@ def _gather(leaf: Tensor, copy: Tensor, main: Tensor | None, states: list[Tensor
     param = ParamSpec.parse(spec)
     if needs_wait(param):
         copy = torch.ops._c10d_functional.wait_tensor(copy)
-    whole = transfers.gather(copy, [param])[0]
+    with about(Parameters((param.name,), "", "a forward"), unless_said=True):
+        whole = transfers.gather(copy, [param])[0]
     # A functional op may not return a view of its input.
     shared = whole.untyped_storage()._cdata == copy.untyped_storage()._cdata
     return whole.clone() if shared else whole
@@ -70,7 +72,8 @@ def _gather_fake(
 
 def _reduce(grad: Tensor, spec: str) -> Tensor:
     param = ParamSpec.parse(spec)
-    out = transfers.reduce([grad], [param])
+    with about(Parameters((param.name,), "", "a backward"), unless_said=True):
+        out = transfers.reduce([grad], [param])
     return out.clone() if out.untyped_storage()._cdata == grad.untyped_storage()._cdata else out
 
 
@@ -80,7 +83,9 @@ def _reduce_fake(grad: Tensor, spec: str) -> Tensor:
 
 
 def _sync(total: Tensor, spec: str) -> Tensor:
-    out = transfers.sync(total, [ParamSpec.parse(spec)]).reshape(-1)
+    param = ParamSpec.parse(spec)
+    with about(Parameters((param.name,), "", "a backward"), unless_said=True):
+        out = transfers.sync(total, [param]).reshape(-1)
     return out.clone() if out.untyped_storage()._cdata == total.untyped_storage()._cdata else out
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
+CHECKS = (False, True, "masters", "checksums")
+"""What the option `checks` may be."""
 NONFINITE = ("skip", "raise", "ignore")
 
 
@@ -18,15 +20,18 @@ class Options:
     Attributes:
         codegen: generate code with Inductor. False runs the same backend and passes and executes the lowered graph node by node.
         dump: folder for the program before and after each pass (also the environment variable ZCOMPILE_DUMP); "" is none.
-        overlap: buckets whose transfers are under way while the graph computes, in either direction: 0 waits for each hop where it is
-            launched, 1 and 2 hide more and keep so many more buckets in memory. Compiled graphs only.
+        overlap: buckets whose transfers are under way while the graph computes, in either direction, however deep the model: 0 waits for
+            each hop where it is launched; more hide more and keep so many more buckets in memory. Compiled graphs only.
         memory: bytes that transfers under way may hold, gathers and reductions each, beside the bucket that is needed next; 0: no bound but
             that of `overlap`.
-        timeout: seconds a rank waits for another at set-up and at an agreement before it raises.
-        compile_timeout: seconds a rank waits for another that generates code.
+        timeout: seconds a rank waits for another, at set-up, at an agreement and in a collective, before it looks who is missing and
+            raises FaultError.
+        compile_timeout: seconds a rank waits for another that is alive and compiles.
         sync_init: take rank 0's initial values on every rank instead of requiring that they are equal.
-        checks: compare checksums of the masters before each forward, to find writes that torch does not see, and look at each gradient
-            before it is reduced, to say on which rank one that is not finite arose.
+        checks: True or "masters" compares checksums of the masters before each forward, to find writes that torch does not see, and looks
+            at each gradient before it is reduced, to say on which rank one that is not finite arose. "checksums" does that, and compares
+            every message that arrives with what was sent, and every compute copy with what its refresh wrote: slow, for the search of a
+            faulty link or memory.
         nonfinite: what an optimizer's step does when a gradient is not finite on any rank: "skip" it on all ranks, count and say it;
             "raise" FloatingPointError on all ranks; "ignore" it, without the exchange that the others cost.
         strict: raise after a forward in which a parameter was read outside of compiled graphs: see zcompile.coverage.
@@ -40,14 +45,16 @@ class Options:
     timeout: float = 600.0
     compile_timeout: float = 3600.0
     sync_init: bool = False
-    checks: bool = False
+    checks: bool | str = False
     nonfinite: str = "skip"
     strict: bool = False
     fullgraph: bool = False
     dynamic: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("codegen", "sync_init", "checks", "strict", "fullgraph"):
+        if self.checks not in CHECKS:
+            raise ValueError(f"option checks={self.checks!r}: must be one of {', '.join(map(repr, CHECKS))}")
+        for name in ("codegen", "sync_init", "strict", "fullgraph"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"option {name}={getattr(self, name)!r}: must be True or False")
         if self.nonfinite not in NONFINITE:

@@ -55,6 +55,8 @@ class Slot:
     flag: Tensor | None = None
     """With the option checks: [1] int32, not zero once this rank's own gradient was not finite."""
     owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+    source: str = ""
+    """The user's line that reads it, for errors; "" until it is known."""
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from zcompile.cost import Bytes
+from zcompile.faults.sites import Listed, about
 from zcompile.passes.nodes import Collective
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class Program:
         seconds: wall time by pass, and of code generation ("codegen") with the waiting for another rank's.
         code: where the code came from: "generated", "loaded" or "interpreted".
         expected: what the schedule expects of it, in seconds by the machine's data: see zcompile.passes.context.
+        peaks: bytes that gathers, gradients, ... hold at most while it runs: see zcompile.faults.memory.
         reads: names of the parameters that it gathers.
         predicted, compiled: bytes one rank receives when it runs, by closed form and from the graph.
     """
@@ -40,6 +42,7 @@ class Program:
         self.runs = 0
         self.seconds: dict[str, float] = {}
         self.expected: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
         self.code = "interpreted"
         self.reads: frozenset[str] = frozenset()
 
@@ -60,4 +63,8 @@ class Program:
         engine.traffic.program(self)
         if self.stage != "backward":
             engine.reads.compiled |= self.reads
-        return self._code(inputs)
+        engine.running = self
+        with about(Listed(self.name, self.collectives)):
+            out = self._code(inputs)
+        engine.running = None  # and not after an error: what ran is asked for then
+        return out

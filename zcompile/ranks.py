@@ -42,6 +42,10 @@ class Failure:
     trace: str
 
 
+_LAST = ("Died", "FaultError", "NoAnswer")
+"""Failures after which a rank runs nothing more."""
+
+
 class RanksFailed(AssertionError):
     """Some ranks raised or did not finish. `failures[rank]`; `results[rank]` of the others."""
 
@@ -106,7 +110,7 @@ class Pool:
                 f"no answer after {timeout:g} s, or {grace:g} s after another rank failed",
                 self._stack(rank, process),
             )
-        if waiting or any(failure.type == "Died" for failure in failures.values()):
+        if waiting or any(failure.type in _LAST for failure in failures.values()):
             self.close()
         if failures:
             raise RanksFailed(failures, results)

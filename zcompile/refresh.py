@@ -28,6 +28,8 @@ from torch.distributed.tensor import DTensor
 
 from zcompile import transfers
 from zcompile._torch_compat import all_gather, register_future
+from zcompile.faults.sites import Parameters, about
+from zcompile.faults.watch import REFRESH_THREADS
 from zcompile.params import Unit
 from zcompile.wire import COMPUTE_FORMATS, WireFormat
 
@@ -147,7 +149,7 @@ class _Workers:
             self._stages, self._pid = {}, os.getpid()
         if stage not in self._stages:
             self._stages[stage] = queue.SimpleQueue()
-            name = f"zcompile-refresh-{stage}"
+            name = f"{REFRESH_THREADS}-{stage}"
             threading.Thread(target=self._serve, args=(self._stages[stage],), name=name, daemon=True).start()
         self._stages[stage].put(job)
 
@@ -225,15 +227,17 @@ def _barrier(unit: Unit, device: torch.device) -> Iterator[int]:
 
 def _run(unit: Unit, full: bool, future: torch.futures.Future[Tensor]) -> Iterator[int]:
     hops = run_hops(unit, full)
+    read_at = next((slot.source for slot in unit.slots if slot.source), "")
+    subject = Parameters(tuple(spec.name for spec in unit.specs), read_at, "the refresh after a write")
     try:
         while True:
-            with torch.no_grad():  # of this thread: the stages are others
+            with torch.no_grad(), about(subject):  # of this thread: the stages are others
                 stage = next(hops, None)
             if stage is None:
                 break
             yield stage
         if unit.first.peer_level:
-            with torch.no_grad():
+            with torch.no_grad(), about(subject):
                 transfers.barrier(unit.first, unit.copy.device)
     except Exception as error:
         future.set_exception(error)  # type: ignore[arg-type]

@@ -22,7 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from zcompile import _torch_compat as compat
 from zcompile.agreement import Agreement, AgreementError
-from zcompile.groups import Communicators, Counters, CountingGroup, GroupError, Tally
+from zcompile.faults.sites import Site
+from zcompile.faults.watch import Watch
+from zcompile.groups import AGREEMENT, Communicators, Counters, CountingGroup, GroupError, Tally
 from zcompile.launcher import init_from_launcher
 from zcompile.layout import role_name
 from zcompile.topology import Topology
@@ -81,6 +83,8 @@ class Runtime:
         self.host = socket.gethostname()
         self._alone = communicators.fake or topology.world_size == 1
         self.real = not communicators.fake
+        self.watch = communicators.start_watch()
+        self._made_by = communicators
         self._tally = Tally()
         self._roles: dict[str, CountingGroup] = {}
         self._meshes: dict[str, DeviceMesh] = {}
@@ -97,10 +101,12 @@ class Runtime:
                 name = role_name(topology.key, topology.names[k - 1], transfer)
                 group, swap = lanes[lane], communicators.swap(lanes[lane])
                 stream = TRANSFERS.index(transfer)
-                self._roles[name] = CountingGroup(group, name, level.name, transfer, self._tally, swap, stream)
+                self._roles[name] = CountingGroup(
+                    group, name, level.name, transfer, self._tally, swap, stream, self.watch, tuple(ranks)
+                )
         everybody = list(range(topology.world_size))
-        gloo = None if self._alone else communicators.get("", everybody, "world", "agreement", backend="gloo")
-        self.agreement = Agreement(gloo, self.rank, topology.world_size, timeout)
+        gloo = None if self._alone else communicators.get("", everybody, "world", AGREEMENT, backend="gloo")
+        self.agreement = Agreement(gloo, self.rank, topology.world_size, timeout, self.watch)
         self._groups = communicators
         for name, role in self._roles.items():
             compat.register_group(name, role)
@@ -121,20 +127,33 @@ class Runtime:
         if cls._communicators is None or cls._communicators[0] is not default:
             for stale in list(cls._live.values()):
                 stale.close()
+            if cls._communicators is not None:
+                cls._communicators[1].close()
             cls._communicators = default, _new_communicators()
+        communicators = cls._communicators[1]
+        communicators.limit(timeout, collective_timeout)
         live = cls._live.get(topology.key)
         if live is not None:
+            live.agreement.timeout = timeout
             if live.topology.names != topology.names:
                 raise ValueError(
                     f"topology {topology.key} with levels {', '.join(topology.names)}: this process already runs it "
                     f"with levels {', '.join(live.topology.names)}; close() that runtime first"
                 )
             return live
-        communicators = cls._communicators[1]
-        communicators.timeout, communicators.collective_timeout = timeout, collective_timeout
         communicators.check_setup(topology.key)
         cls._live[topology.key] = made = cls(topology, communicators, timeout)
         return made
+
+    def limit(self, timeout: float) -> None:
+        """Seconds that this rank waits for another from here on, in an agreement and in a collective."""
+        self.timeout = self.agreement.timeout = timeout
+        self._made_by.limit(timeout, timeout)
+
+    def verify_messages(self, on: bool) -> None:
+        """Whether what arrives is compared with what was sent (zcompile.faults.checksums). All ranks alike."""
+        for role in self._roles.values():
+            role.checksums = on and self.watch is not None
 
     def role(self, level: int, transfer: str) -> str:
         """Name of the group for `transfer` over level index `level` (1..m). ValueError if either does not exist or the
@@ -201,7 +220,7 @@ class Runtime:
 
         The first rank of a host to arrive with `key` makes. If its `make` raises (its error goes on to its caller), or
         takes longer than `timeout` seconds, the others run `make` themselves. A further call with the same key loads.
-        `once` counts what happened here.
+        `once` counts what happened here. FaultError if the rank that makes is gone or stopped.
         """
         start = time.monotonic()
         try:
@@ -212,7 +231,7 @@ class Runtime:
             base = f"zc/once/{self.host}/{key}"
             if store.add(f"{base}/arrivals", 1) == 1:
                 return self._make(store, base, make)
-            if _outcome(store, f"{base}/done", timeout) == b"ok":
+            if self._outcome(store, base, timeout) == b"ok":
                 self.once.loads += 1
                 return load()
             self.once.generations += 1
@@ -222,6 +241,7 @@ class Runtime:
 
     def _make(self, store: compat.Store, base: str, make: Callable[[], T]) -> T:
         self.once.generations += 1
+        store.set(f"{base}/maker", str(self.rank))
         outcome = "failed"
         try:
             made = make()
@@ -229,6 +249,31 @@ class Runtime:
             return made
         finally:
             store.set(f"{base}/done", outcome)
+
+    def _outcome(self, store: compat.Store, base: str, timeout: float) -> bytes:
+        """What the rank that makes `base` says when it has done so, b"late" after `timeout` seconds. Polls: a blocking wait would hold the
+        store against other threads, and would wait for a rank that is gone.
+        """
+        key, start, pause, look = f"{base}/done", time.monotonic(), 0.01, time.monotonic() + self.timeout
+        while not store.check([key]):
+            now = time.monotonic()
+            if now - start > timeout:
+                return b"late"
+            if self.watch is not None:
+                self.watch.check()
+                if now > look:
+                    look = now + self.timeout
+                    self._check_maker(store, base, self.watch, start)
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        return bytes(store.get(key))
+
+    @staticmethod
+    def _check_maker(store: compat.Store, base: str, watch: Watch, start: float) -> None:
+        maker = int(store.get(f"{base}/maker")) if store.check([f"{base}/maker"]) else None
+        if maker is not None and not watch.alive(maker):
+            site = Site("", "", f"the wait for the code that rank {maker} generates", 0, (maker,))
+            raise watch.lost(site, "its heart does not beat", missing=[maker], since=start)
 
     def close(self) -> None:
         """Unregister the roles and forget this runtime; graphs that name them cannot run any more. The communicators
@@ -246,19 +291,6 @@ def _new_communicators() -> Communicators:
     on_gpu = torch.cuda.is_available() and "nccl" in str(compat.backend_config())
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     return Communicators(device, fake=str(dist.get_backend()) == "fake")
-
-
-def _outcome(store: compat.Store, key: str, timeout: float) -> bytes:
-    """Value of `key` once somebody has set it, b"late" after `timeout` seconds. Polls: a blocking wait would hold the
-    store against other threads.
-    """
-    deadline, pause = time.monotonic() + timeout, 0.01
-    while not store.check([key]):
-        if time.monotonic() > deadline:
-            return b"late"
-        time.sleep(pause)
-        pause = min(2 * pause, 1.0)
-    return bytes(store.get(key))
 
 
 def _close_all() -> None:

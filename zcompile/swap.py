@@ -10,7 +10,6 @@ Tensors of a GPU (several processes that share one, which NCCL refuses) travel t
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 MOST_MEMBERS = 16
 """In larger groups every member would hold a connection to every other: gloo's rings are left to do it."""
@@ -40,7 +38,7 @@ class Swap:
 
     def __init__(self, inner: dist.ProcessGroup, timeout: float):
         self.inner = inner
-        self._timeout = timedelta(seconds=timeout)
+        self.timeout = timeout
         self._rank, self._size = inner.rank(), inner.size()
         self._calls = [itertools.count() for _ in range(STREAMS)]
 
@@ -59,21 +57,32 @@ class Swap:
         tag = stream * _TAGS + next(self._calls[stream]) % _TAGS
         others = [(self._rank + k) % self._size for k in range(1, self._size)]
         landing = out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-        works: list[Any] = [self.inner.recv([landing[other]], other, tag) for other in reversed(others)]
-        works += [self.inner.send([sent[other % len(sent)]], other, tag) for other in others]
+        works: list[tuple[int, Any]] = [
+            (other, self.inner.recv([landing[other]], other, tag)) for other in reversed(others)
+        ]
+        works += [(other, self.inner.send([sent[other % len(sent)]], other, tag)) for other in others]
         out[self._rank].copy_(parts[self._rank])
         arrived = [] if landing is out else [(out[other], landing[other]) for other in others]
-        return Exchange(works, out, self._timeout, arrived)
+        return Exchange(works, out, timedelta(seconds=self.timeout), arrived)
 
 
 class Exchange(dist.Work):
-    """One message in flight. Holds its tensors until it is over."""
+    """One message in flight. Holds its tensors until it is over.
 
-    def __init__(self, works: list[Any], result: Tensor, timeout: timedelta, arrived: Sequence[tuple[Tensor, Tensor]]):
+    Attributes:
+        waits_for: the member whose part is waited for: after a wait that failed, the one to blame.
+    """
+
+    def __init__(
+        self,
+        works: list[tuple[int, Any]],
+        result: Tensor,
+        timeout: timedelta,
+        arrived: Sequence[tuple[Tensor, Tensor]] = (),
+    ):
         """`arrived`: (part of the result, where in host memory it comes in) of a result that lies elsewhere."""
         super().__init__()
-        self.label = ""
-        """What its wait is called in a profiler's trace; "" for nothing."""
+        self.waits_for = -1
         self._timeout = timeout
         self._works = works
         self._result = result
@@ -81,9 +90,9 @@ class Exchange(dist.Work):
         self._lock = threading.Lock()
 
     def wait(self, timeout: Any = None) -> bool:
-        with self._lock, record_function(f"zc wait {self.label}") if self.label else contextlib.nullcontext():
+        with self._lock:
             works, self._works = self._works, []
-            for work in works:
+            for self.waits_for, work in works:
                 work.wait(timeout or self._timeout)  # gloo's own default is that of the group's making
             arrived, self._arrived = self._arrived, []
             for part, host in arrived:

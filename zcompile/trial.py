@@ -30,9 +30,9 @@ VOCABULARY, HIDDEN = 37, 10
 
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"compile": False},
-    "graph": {"codegen": False},
+    "graph": {"codegen": False, "overlap": 0},
     "overlap": {"codegen": False, "overlap": 2},
-    "code": {"codegen": True},
+    "code": {"codegen": True, "overlap": 0},
     "overlapped code": {"codegen": True, "overlap": 2},
 }
 """No compiler; Dynamo and every pass, the graph run node by node, without and with overlap; the same with Inductor's code."""

@@ -133,7 +133,7 @@ def _run(group: list[Cell], pool: Any, steps: int) -> None:
             exact = run("pointwise") if (first.plan, first.topology) in EXACT else []
     except RanksFailed as error:
         # The cause: a rank that died makes others raise, and those make others late.
-        order = {"Died": 0, "Late": 2}
+        order = {"Died": 0, "FaultError": 2, "NoAnswer": 2, "Late": 3}
         rank, failure = min(error.failures.items(), key=lambda item: (order.get(item[1].type, 1), item[0]))
         for cell in group:
             cell.failures.append(f"rank {rank}: {failure.type}: {failure.message}\n{failure.trace}".rstrip())

@@ -136,7 +136,7 @@ def test_pitfall_two_forwards_before_two_backwards_through_inductor(pool: Pool, 
         assert graphs == 2, "no further graph"
 
 
-def test_a_rank_with_another_sequence_length_generates_code_alone_and_nobody_hangs(
+def test_f5_a_rank_with_another_sequence_length_generates_code_alone_and_nobody_hangs(
     pool: Pool, started: list[dict[str, Any]]
 ) -> None:
     before = sum(found["misses"] for found in started)

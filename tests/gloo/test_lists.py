@@ -125,7 +125,7 @@ def test_fault_9_two_collectives_swapped_on_one_rank_raise_on_every_rank_before_
     for error, seconds, launched in found:
         assert error.startswith("ranks disagree on collectives of this forward: rank 2 differs from rank 0"), error
         assert "[1]" in error and "gather all_gather over node" in error  # position and op
-        assert "blocks.0.up.weight, blocks.0.down.weight" in error and "blocks.1.up.weight" in error
+        assert "blocks.0.up.weight, blocks.0.down.weight, at paper.py:" in error and "blocks.1.up.weight" in error
         assert seconds < 30
         assert launched == 0
     assert len({error for error, _, _ in found}) == 1
@@ -146,7 +146,7 @@ def other_rows(rank: int, odd: int) -> tuple[float, int]:
     return max(error, model_steps), len(model.zero.programs)
 
 
-def test_a_rank_with_another_sequence_length_compiles_again_and_trains_on(ranks: Ranks) -> None:
+def test_f5_a_rank_with_another_sequence_length_compiles_again_and_trains_on(ranks: Ranks) -> None:
     found = ranks(4).run(other_rows, 1)
     assert all(error <= 1e-6 for error, _ in found), found
     assert [count for _, count in found] == [2, 4, 2, 2], "rank 1 alone has a second forward and backward"

@@ -10,8 +10,6 @@ import torch
 from support.training import batch, both, graphs, mlp, received, replicas, same, sgd, square, step, theirs, train, twins
 from torch import Tensor, nn
 
-from zcompile import full_state_dict
-
 WORLD = 4
 TWO = pytest.mark.parametrize("mode", ["eager", "graph"])
 
@@ -251,9 +249,9 @@ def _nan(rank: int, mode: str) -> None:
     train(model, dense, LOSS, steps=1)
     x[0, 0] = float("nan")
     model(x).square().mean().backward()
-    optimizer.step()  # or all step
+    optimizer.step()  # of itself it skips too: tests/gloo/test_gradients.py
     replicas(model)
-    assert all(value.isnan().all() for value in full_state_dict(model).values())
+    same(model, dense)
 
 
 @TWO

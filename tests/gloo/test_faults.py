@@ -1,0 +1,318 @@
+"""One rank dies, stops, fails or stays behind: the others end in time, and one report says who, where and why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from support.faulty import Jobs, Rank, fault, jobs
+from support.patches import replaced
+from support.spawn import Pool, RanksFailed
+from torch import nn
+
+from zcompile import hierarchical_zero
+from zcompile.faults import flight
+
+LIMIT = 8.0
+"""Seconds that a rank waits for another in these jobs."""
+SOON = LIMIT + 30
+LINES = Path(__file__).read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def job() -> Iterator[Jobs]:
+    with jobs() as made:
+        yield made
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 48), nn.Linear(48, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(torch.tanh(self.first(x)))  # both are read here
+        return y.square().mean()
+
+
+def _raise() -> None:
+    raise ValueError("sample 17 is no number")  # raised here
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "raise": _raise,
+    "memory": lambda: torch.empty(1 << 60),
+    "spin": lambda: time.sleep(10_000),  # spins here
+    "leave": lambda: sys.exit(0),
+    "nothing": lambda: None,
+}
+
+
+def line(mark: str) -> str:
+    """Where this file has that comment."""
+    return f"test_faults.py:{next(n for n, text in enumerate(LINES, 1) if text.endswith('# ' + mark))}"
+
+
+def train(
+    rank: int, odd: int, what: str, transfer: str, mode: str = "eager", swallow: bool = False, folder: str = ""
+) -> None:
+    """Steps of a small model; in the second one rank `odd` fails as it launches a `transfer`, or ("save") as it writes a checkpoint."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"eager": {"compile": False}, "graph": {"codegen": False}}[mode]
+    model: Any = hierarchical_zero(Model(), topology="2x2", plan="zero_topo", timeout=LIMIT, **settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = 0
+
+    def fail(called: str) -> None:
+        if called == transfer and step == 1 and rank == odd and threading.current_thread() is threading.main_thread():
+            fault()
+            FAULTS[what]()
+
+    def launch(start: Any, group: Any, *rest: Any) -> Any:
+        fail(group.transfer)
+        return launched(start, group, *rest)
+
+    launched, flight.Flight.launch = flight.Flight.launch, launch  # type: ignore[method-assign,assignment]
+    written = dcp.FileSystemWriter.write_data
+    dcp.FileSystemWriter.write_data = lambda *args: (fail("save"), written(*args))[1]  # type: ignore[method-assign]
+    for step in range(3):
+        try:
+            loss = model(torch.ones(4, 24) * (rank + 1))
+            loss.backward()
+        except ValueError:
+            if not swallow:
+                raise
+            continue
+        optimizer.step()
+        optimizer.zero_grad()
+        if folder and step < 2:
+            dcp.save(model.state_dict(), checkpoint_id=f"{folder}/{step}")
+    print("trained", flush=True)
+
+
+def report_of(ranks: list[Rank]) -> str:
+    """The one report in all that the ranks printed."""
+    everything = "".join(rank.output for rank in ranks)
+    assert everything.count("\n  missed in  ") == 1, everything
+    start = everything.rindex("zcompile: rank", 0, everything.index("\n  missed in  "))
+    return everything[start : everything.index("Traceback", start) if "Traceback" in everything[start:] else None]
+
+
+def ended(ranks: list[Rank], odd: int, error: str = "FaultError NoAnswer") -> str:
+    """All but the faulty rank ended by themselves, in time, with an error; returns the report."""
+    for rank, end in enumerate(ranks):
+        if rank != odd:
+            assert end.code not in (0, None) and end.seconds < SOON, (rank, end)
+            assert any(name in end.output for name in error.split()), end.output
+    return report_of(ranks)
+
+
+SAID = {
+    "kill": "rank 3 died",
+    "stop": "rank 3 does not answer",
+    "raise": f"rank 3 raised ValueError: sample 17 is no number at {line('raised here')}",
+    "memory": "rank 3 raised RuntimeError: [enforce fail at alloc_cpu.cpp",
+}
+QUICK = {("kill", "reduce")}
+
+
+@pytest.mark.parametrize(
+    ("what", "transfer"),
+    [
+        pytest.param(what, transfer, marks=() if (what, transfer) in QUICK else pytest.mark.slow)
+        for what in SAID
+        for transfer in ("gather", "reduce", "sync")
+    ],
+)
+def test_f12_f13_f14_a_rank_fails_in_a_transfer(job: Jobs, what: str, transfer: str) -> None:
+    """Rank, op, level, parameter and source line are named, and the first error comes first."""
+    ranks = job.run(train, 4, 3, what, transfer)
+    report = ended(ranks, 3)
+    assert report.startswith(f"zcompile: {SAID[what]}"), report
+    level = "cluster" if transfer == "sync" else "node"
+    where = report.splitlines()[1]
+    assert where.startswith(f"  missed in  {transfer} all_") and f"over {level}, number " in where, report
+    assert (
+        f"of {'first' if transfer == 'gather' else 'second'}." in where and f"({line('both are read here')})" in where
+    ), report
+    assert ranks[3].code == {"kill": -9, "stop": None}.get(what, ranks[3].code), ranks[3]
+
+
+def test_f12_needs_a_fault(job: Jobs) -> None:
+    ranks = job.run(train, 4, 3, "nothing", "reduce")
+    assert [rank.code for rank in ranks] == [0] * 4, ranks
+    assert all(rank.output.endswith("trained\n") for rank in ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "transfer"), [("kill", "reduce"), ("stop", "gather")])
+def test_f12_f13_in_compiled_graphs(job: Jobs, what: str, transfer: str) -> None:
+    report = ended(job.run(train, 4, 3, what, transfer, "graph"), 3)
+    assert report.startswith(f"zcompile: {SAID[what]}"), report
+    stage = "backward" if transfer == "reduce" else "forward"
+    assert (
+        f"  missed in  {transfer} all_" in report and f"({line('both are read here')}), in graph 0 {stage}" in report
+    ), report
+    assert "of {first,second}." in report, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("kill", "rank 0 is gone, and with it the job's store, which it holds"),
+        ("stop", "rank 0 does not answer, and with it the job's store, which it holds"),
+        ("raise", "rank 0 raised ValueError: sample 17 is no number"),
+        ("leave", "rank 0 ended while others still waited"),
+    ],
+)
+def test_f12_f13_f14_the_rank_that_holds_the_store(job: Jobs, what: str, said: str) -> None:
+    report = ended(job.run(train, 4, 0, what, "reduce"), 0)
+    assert report.startswith(f"zcompile: {said}"), report
+    assert "  missed in  reduce all_to_all over node" in report, report
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stuck_in_other_code_is_named_and_ended(job: Jobs) -> None:
+    ranks = job.run(train, 4, 3, "spin", "reduce")
+    report = ended(ranks, 3)
+    assert report.startswith(f"zcompile: rank 3 is in no collective: Python is at {line('spins here')}"), report
+    assert ranks[3].code == 1 and ranks[3].seconds < SOON, "it would sleep for hours"
+    assert "zcompile: rank 3 is ended, 12 s after the verdict" in ranks[3].output
+
+
+@pytest.mark.slow
+def test_a_rank_that_goes_on_after_an_error_is_named_with_the_error(job: Jobs) -> None:
+    """It catches what its own forward raised, while the others wait for it there: they would wait for ever."""
+    report = ended(job.run(train, 4, 3, "raise", "gather", "eager", True), 9)
+    assert report.startswith("zcompile: rank 3 went on after ValueError: sample 17 is no number"), report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["kill", "stop"])
+def test_f12_f13_during_a_save(job: Jobs, what: str, tmp_path: Path) -> None:
+    """The collectives of a checkpoint are torch's own. The checkpoint before it loads."""
+    report = ended(job.run(train, 4, 3, what, "save", "eager", False, str(tmp_path)), 3, "RuntimeError")
+    assert report.startswith(f"zcompile: {SAID[what]}"), report
+    assert "a collective that is not zcompile's" in report and "test_faults.py:" in report, report
+    state = Model().state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    dcp.load(state, checkpoint_id=tmp_path / "0")
+    assert all(not torch.equal(before[name], value) for name, value in state.items())
+
+
+@pytest.mark.slow
+def test_f37_a_rank_out_of_memory_says_by_whom_it_is_taken(job: Jobs) -> None:
+    report = ended(job.run(train, 4, 3, "memory", "reduce", "graph"), 3)
+    held, peak, process = (part.split("memory     ")[1] for part in report.splitlines() if part.startswith("  memory"))
+    assert held.startswith("held: master 1.59 kB, copy 3.18 kB"), report
+    assert (
+        peak.startswith("at most, in graph 0 backward: gathers 1.54 kB, grads 6.14 kB") and "quant buffers" in peak
+    ), report
+    assert process.endswith("resident at its peak"), report
+
+
+# -- F33 ---------------------------------------------------------------------------------------------------------------------------
+
+
+def flipped(rank: int, checks: Any, where: str, mode: str) -> str:
+    """Two steps in which one bit changes at rank 2: of what rank 3 sent it, or of a compute copy between the steps."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"eager": {"compile": False}, "graph": {"codegen": False}}[mode]
+    model: Any = hierarchical_zero(Model(), topology="2x2", plan="zero_topo", checks=checks, timeout=20.0, **settings)
+    wait = flight.Flight._wait
+
+    def flip(self: flight.Flight) -> None:
+        wait(self)
+        if rank == 2 and where == "message" and (self._site.level, self._site.transfer) == ("node", "gather"):
+            self._work._result.view(2, -1)[1].view(torch.int32)[0] ^= 1 << 30
+
+    with replaced(flight.Flight, "_wait", flip):
+        for _ in range(2):
+            model(torch.ones(4, 24) * (rank + 1)).backward()
+            if rank == 2 and where == "copy":
+                model.zero.units[0].copy.view(torch.int32)[5] ^= 1 << 20
+    return "trained"
+
+
+@pytest.fixture
+def four() -> Iterator[Pool]:
+    made = Pool(4)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("mode", ["eager", pytest.param("graph", marks=pytest.mark.slow)])
+def test_f33_checksums_find_the_rank_of_a_flipped_bit(four: Pool, mode: str) -> None:
+    with pytest.raises(RanksFailed) as caught:
+        four.run(flipped, "checksums", "copy", mode)
+    failures = caught.value.failures
+    assert (
+        "rank 2: the compute copy of " in failures[2].message
+        and "bits changed in this rank's memory" in failures[2].message
+    )
+    assert all("rank 2 refused this forward" in failures[other].message for other in (0, 1, 3)), failures
+    with pytest.raises(RanksFailed) as caught:
+        four.run(flipped, "checksums", "message", mode, grace=0.1)
+    failure = caught.value.failures[2]
+    assert failure.type == "ChecksumError", failure
+    assert "what rank 3 sent is not what rank 2 received in gather all_gather over node, number " in failure.message, (
+        failure
+    )
+    assert "first" in failure.message and line("both are read here") in failure.message, failure
+
+
+def test_f33_without_the_option_nobody_looks(four: Pool) -> None:
+    assert four.run(flipped, False, "copy", "eager") == ["trained"] * 4
+    assert four.run(flipped, "checksums", "nowhere", "eager") == ["trained"] * 4
+
+
+# -- under torchrun ----------------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, torch
+from zcompile import hierarchical_zero
+torch.manual_seed(0)
+model = hierarchical_zero(torch.nn.Linear(8, 8), topology="2", plan="zero_topo", timeout=20.0, compile=False)
+rank = int(os.environ["RANK"])
+for step in range(3):
+    loss = model(torch.ones(2, 8)).square().mean()
+    if step == 1 and rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    loss.backward()
+"""
+
+
+@pytest.mark.slow
+def test_under_torchrun_what_is_known_at_once_is_said_at_once(tmp_path: Path) -> None:
+    """The agent ends the other ranks a moment after one has died."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "script.py"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode, done.stderr
+    said = "rank 1 lost the connection to rank 0 in reduce all_to_all over cluster, number 2, of bias"
+    assert f"zcompile: {said}" in done.stderr or "zcompile: rank 0 died" in done.stderr, done.stderr
+    assert "of bias" in done.stderr and "over cluster, number 2" in done.stderr and "(script.py:8)" in done.stderr, (
+        done.stderr
+    )
