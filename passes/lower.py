@@ -1,7 +1,7 @@
 """lower: a bucket of semantic ops becomes its hops: `_c10d_functional` collectives, visible, each with its wait.
 
 Requires: a graph after `bucket`.
-Guarantees: no semantic op is left; every inserted node has `meta["val"]`, every collective the names of its parameters; one pack
+Guarantees: no semantic op is left; every inserted node has `meta["val"]`, the names of its parameters and its transfer; one pack
 before the first reduce hop, none between hops, one unpack after the last; a sync that follows its own bucket's reduce takes its
 buffer as it is.
 Leaves alone: everything else. What is inserted is traced from the functions the eager ops run (zcompile.transfers): equal bits.
@@ -32,6 +32,7 @@ from zcompile.passes.nodes import (
     SEMANTIC,
     SUM,
     TRAFFIC,
+    TRANSFER,
     WHOLE,
     WIRE,
     add_of,
@@ -152,7 +153,7 @@ class _Lowering:
             def sync_parts(*parts: torch.Tensor) -> list[torch.Tensor]:
                 return transfers.split(transfers.sync(transfers.join(parts, specs), specs), specs)
 
-            parts = self._insert(sync_parts, ("join",), totals, specs, group[-1])
+            parts = self._insert(sync_parts, ("sync", "join"), totals, specs, group[-1])
         self._replace(group, parts)
 
     def _sum_onto_mains(self, totals: list[Any]) -> list[Any]:
@@ -194,9 +195,11 @@ class _Lowering:
                 for node in template.graph.nodes:
                     node.meta.clear()
                 _TEMPLATES[key] = template
-            return self._copy(template, inputs, specs, anchor)
+            return self._copy(template, inputs, specs, anchor, str(kind[0]))
 
-    def _copy(self, template: GraphModule, inputs: Sequence[Any], specs: list[ParamSpec], anchor: Node) -> list[Node]:
+    def _copy(
+        self, template: GraphModule, inputs: Sequence[Any], specs: list[ParamSpec], anchor: Node, transfer: str
+    ) -> list[Node]:
         """Copy the template's nodes, with values of their own: which of them share memory is what later passes ask."""
         mapping = dict(zip((n for n in template.graph.nodes if n.op == "placeholder"), inputs, strict=True))
         results: list[Node] = []
@@ -210,8 +213,8 @@ class _Lowering:
                     args, kwargs = map_arg((copied.args, copied.kwargs), lambda n: n.meta["val"])
                     copied.meta = {k: v for k, v in anchor.meta.items() if k in _INHERITED}
                     copied.meta["val"] = cast(Any, copied.target)(*args, **kwargs)
+                    copied.meta["zc_parameters"], copied.meta[TRANSFER] = names, transfer
                     if node.target in TRAFFIC:
-                        copied.meta["zc_parameters"] = names
                         wire = _wire_of(copied, specs[0])
                         if wire.quantized:
                             copied.meta[WIRE] = wire.short

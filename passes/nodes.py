@@ -35,6 +35,8 @@ QUANTIZERS = (QUANTIZE, DEQUANTIZE, SUM, REQUANTIZE, ACCUMULATE_INTO)
 COLLECTIVES = (ALL_GATHER, ALL_TO_ALL)
 WIRE = "zc_wire"
 """meta key of a collective whose message is quantised: its wire format, `WireFormat.short`."""
+TRANSFER = "zc_transfer"
+"""meta key of a node that belongs to a transfer: "gather", "reduce" or "sync"."""
 PART = "zc_part"
 """meta key of one parameter's part of a bucket's reduced buffer: (the buffer's node, number of the part)."""
 WHOLE = "zc_whole"

@@ -20,23 +20,29 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from zcompile.machines import Device
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import COLLECTIVES, WAIT, arrange, collective_of, find
-from zcompile.times import hop_seconds, node_seconds
+from zcompile.passes.nodes import COLLECTIVES, PEER_GATHER, WAIT, arrange, collective_of, find
+from zcompile.times import Lanes, hop_seconds, node_seconds
 
 NAME = "schedule"
 
 
 def run(gm: GraphModule, context: Context) -> None:
+    place(gm.graph, context)
+
+
+def place(graph: Graph, context: Context) -> None:
+    """The pass, on a graph that no module holds."""
     if not context.overlap:
         context.note("off: each hop is waited for where it is launched")
         return
-    schedule = _Schedule(gm.graph, context)
+    schedule = _Schedule(graph, context)
     order = schedule.order()
     if order is None:
         context.note("off: a buffer is written on the way of a transfer, whose order must stay")
         return
-    arrange(gm.graph, order)
+    arrange(graph, order)
     context.expected = {"seconds": schedule.now, **{f"exposed {k}": v for k, v in schedule.exposed.items()}}
     context.note(
         f"{len(schedule.gathers)} gathered buckets, {len(schedule.reductions)} reductions, at most {context.overlap + 1} of each in "
@@ -106,14 +112,13 @@ class _Schedule:
         self.at = {node: number for number, node in enumerate(self.nodes)}
         self.overlap, self.memory = context.overlap, context.memory
         topology = context.plan.topology
-        self.seconds = {node: node_seconds(node, topology.device) for node in self.nodes}
-        self.levels = {level.name: level for level in topology.levels}
+        self.lanes = Lanes(topology.levels)
+        self.seconds = {node: self._seconds(node, topology.device) for node in self.nodes}
         self.gathers = self._gathers(context)
         self.reductions = self._reductions()
         self.now = 0.0
         self.exposed: dict[str, float] = {}
         """Seconds of waiting by level; "refresh": for a copy."""
-        self._free = dict.fromkeys(self.levels, 0.0)
         self._out: list[Node] = []
         self._placed: set[Node] = set()
         self._flying: list[_Chain] = []  # reductions
@@ -145,6 +150,13 @@ class _Schedule:
                 self._flying.append(starts[node])
         return self._out if self._same_program(self._out) else None
 
+    def _seconds(self, node: Node, device: Device) -> float:
+        """On the lane that computes; a kernel that reads other ranks' memory has it while its level's links work."""
+        if node.target is PEER_GATHER:
+            entry = collective_of(node)
+            return hop_seconds(self.lanes.levels[entry.level], entry.bytes)
+        return node_seconds(node, device)
+
     # -- the lanes ---------------------------------------------------------------------------------------------------------------
 
     def _place(self, node: Node) -> None:
@@ -171,8 +183,7 @@ class _Schedule:
         """A hop takes its level's lane when those before it are over."""
         entry = collective_of(node)
         chain.level = entry.level
-        begin = max(self.now, self._free[entry.level])
-        self._free[entry.level] = chain.arrives = begin + hop_seconds(self.levels[entry.level], entry.bytes)
+        _, chain.arrives = self.lanes.launch(entry.level, entry.bytes, self.now)
 
     def _before(self, node: Node) -> None:
         """What a stage reads of other reductions (a sum of two of them) comes first."""

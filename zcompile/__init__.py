@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from zcompile.api import (
     clip_grad_norm_,
     coverage,
+    explain,
     export,
     feedback_state,
     full_state_dict,
@@ -20,12 +21,13 @@ from zcompile.api import (
 from zcompile.deferred import deferred_init
 from zcompile.faults.checksums import ChecksumError
 from zcompile.faults.verdict import FaultError
-from zcompile.plan import Plan, Rule
+from zcompile.plan import Auto, Plan, Rule
 from zcompile.storage import CheckpointError, latest_checkpoint
 from zcompile.topology import Level, Topology
 from zcompile.wire import WireFormat
 
 __all__ = [
+    "Auto",
     "CheckpointError",
     "ChecksumError",
     "FaultError",
@@ -37,6 +39,7 @@ __all__ = [
     "clip_grad_norm_",
     "coverage",
     "deferred_init",
+    "explain",
     "export",
     "feedback_state",
     "full_state_dict",

@@ -7,6 +7,7 @@ these, this file is the one to repair; the tests in `tests/gloo/test_runtime.py`
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import sys
@@ -35,18 +36,22 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.decorators import skip, skip_code
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses import FakeTensorMode  # read from torch 2.13
 from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import (
     allow_inflight_collective_as_graph_input_ctx,
 )  # read from torch 2.13
 from torch.distributed.checkpoint._traverse import set_element  # read from torch 2.13
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode  # read from torch 2.13
 
 __all__ = [
+    "FakeTensorMode",
     "HashStore",
     "PrefixStore",
     "Store",
     "TCPStore",
+    "TorchDispatchMode",
     "all_gather",
     "allow_inflight_launch",
     "backend_config",
@@ -179,6 +184,13 @@ def register_future(tensor: Tensor, future: torch.futures.Future[Tensor]) -> Non
 
 
 @skip
+def input_sources(gm: Any) -> list[str]:
+    """How Dynamo would write each input of its graph, "L['x']"; [] where it does not say (2.13: `_dynamo_source` of a placeholder)."""
+    found = [getattr(node, "_dynamo_source", None) for node in gm.graph.nodes if node.op == "placeholder"]
+    names = [str(source.name) for source in found if source is not None]
+    return names if len(names) == len(found) else []
+
+
 def outer_backend() -> Any | None:
     """The backend of the torch.compile context in which the caller runs, or None (2.13: eval_frame's callback chain)."""
     callback: Any = get_eval_frame_callback()
@@ -344,6 +356,40 @@ def aot_cache_off() -> Iterator[None]:
 
     with config.patch(enable_autograd_cache=False):
         yield
+
+
+@functools.cache
+def _without_meta_gradient() -> list[Any]:
+    found = []
+    for name in torch._C._dispatch_get_all_op_names():
+        space, _, rest = name.partition("::")
+        packet, _, overload = rest.partition(".")
+        if space != "aten":
+            continue
+        op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+        if op is not None and torch._C.DispatchKey.Meta in op.py_kernels and op._can_decompose():
+            found.append(op)
+    return found
+
+
+@contextlib.contextmanager
+def meta_gradients() -> Iterator[None]:
+    """Gradients of composite ops on the meta device while AOTAutograd traces.
+
+    2.13: its Python dispatcher takes an op with a Meta kernel in Python for one that needs no decomposing, and so passes its autograd by:
+    the gradient of `F.cross_entropy` on meta tensors is zero, with a warning. Here such ops decompose first, as on other devices.
+    """
+    key = torch._C.DispatchKey.AutogradMeta
+    changed = [op for op in _without_meta_gradient() if key not in op.py_kernels]
+    for op in changed:
+        op.py_kernels[key] = op.decompose
+        op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op in changed:
+            del op.py_kernels[key]
+            op._dispatch_cache.clear()
 
 
 def boxed(gm: Any) -> Any:

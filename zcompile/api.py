@@ -6,7 +6,8 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, overload
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -21,14 +22,30 @@ from zcompile.front import Root, install, whole_call
 from zcompile.launcher import init_from_launcher, topology_of_job
 from zcompile.options import Options
 from zcompile.params import named_owners
-from zcompile.plan import Plan, ResolvedPlan
+from zcompile.plan import Auto, Plan, ResolvedPlan
 from zcompile.runtime import Runtime
 from zcompile.storage import folder_of, together
 from zcompile.topology import Topology
 
+if TYPE_CHECKING:
+    from zcompile.debug.explain import Explanation
+
 M = TypeVar("M", bound=nn.Module)
 C = TypeVar("C", bound=type[nn.Module])
 FLOATS = (torch.float32, torch.bfloat16)
+_REPLACED: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def replacing(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, `settings` stand in the place of what is said to `hierarchical_zero`: so a script is dumped for another machine."""
+    before = dict(_REPLACED)
+    _REPLACED.update(settings)
+    try:
+        yield
+    finally:
+        _REPLACED.clear()
+        _REPLACED.update(before)
 
 
 @overload
@@ -39,9 +56,9 @@ def hierarchical_zero(module_or_class: M, **settings: Any) -> M: ...
 def hierarchical_zero(module_or_class: None = None, **settings: Any) -> Callable[[C], C]: ...
 
 
-def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str | None = None, plan: Plan | str = "zero_topo",
+def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str | None = None, plan: Plan | Auto | str = "zero_topo",
                       compute_dtype: torch.dtype | None = None, compile: bool = True, device: torch.device | str | None = None,
-                      init: Callable[[nn.Module], Any] | None = None, pretrained: str | os.PathLike[str] | None = None,
+                      init: Callable[[nn.Module], Any] | None = None, pretrained: str | os.PathLike[str] | None = None, example: Any = None,
                       **options: Any) -> Any:  # fmt: skip
     """Shard a model over the levels of the machine and compile its forward and backward with the transfers in the graph.
 
@@ -51,7 +68,8 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
 
     Args:
         topology: a Topology, "frontier", "frontier:48", "2x2x2", ...; None: found from the launcher.
-        plan: a Plan or the name of a preset.
+        plan: a Plan, the name of a preset, or "auto" (an Auto says more): the planner chooses placements, buckets and overlap, and of
+            formats native ones unless others are allowed.
         compute_dtype: dtype in which weights are gathered and inputs are cast (torch.float32 or torch.bfloat16); None: the model's own.
         device: where a model that was built on the meta device gets its memory, shard by shard; None: the GPU if there is one, else the
             CPU. "meta" leaves it without memory, to be traced on paper.
@@ -59,14 +77,23 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
             `init_weights()` or `reset_parameters()`.
         pretrained: folder of safetensors files, as transformers saves them; each rank reads the rows that it owns.
         compile: False leaves the forward to eager torch, or to `torch.compile(model, backend="hierarchical_zero")`.
+        example: for plan="auto": inputs of one micro-batch (a tensor, or a tuple of what the forward takes), run once on fake tensors to
+            see what the model computes and keeps; without it the planner has the parameters' shapes alone.
         options: see zcompile.options.Options.
 
     Raises:
         ValueError, TypeError: bad settings, named with the valid ones, before anything is launched.
         AgreementError: the ranks were given different settings or models.
     """
+    if _REPLACED:
+        own = ("topology", "plan", "compute_dtype")
+        given: tuple[Any, ...] = (topology, plan, compute_dtype)
+        topology, plan, compute_dtype = (_REPLACED.get(name, value) for name, value in zip(own, given, strict=True))
+        options |= {name: value for name, value in _REPLACED.items() if name not in own}
     parsed = Options.parse(options)
-    plan = Plan.parse(plan)
+    wanted = plan if isinstance(plan, Auto) else Auto() if plan == "auto" else Plan.parse(plan)
+    if example is not None and not isinstance(wanted, Auto):
+        raise ValueError(f"example=... is for plan='auto': the plan {getattr(wanted, 'name', plan)!r} needs none")
     if isinstance(topology, str):
         _check_topology_text(topology)
     if compute_dtype is not None and compute_dtype not in FLOATS:
@@ -76,7 +103,10 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
 
     def wrap(module: nn.Module) -> nn.Module:
         with torch.device("cpu"):  # a decorated class may be called where the default device is another
-            return _wrap(module, topology, plan, compute_dtype, compile, parsed, Beginning(device, init, pretrained))
+            beginning = Beginning(device, init, pretrained)
+            return _wrap(
+                module, topology, wanted, compute_dtype, compile, parsed, beginning, example, "overlap" in options
+            )
 
     if module_or_class is None:
         return lambda cls: _decorate(cls, wrap)
@@ -114,8 +144,8 @@ class Beginning(NamedTuple):
     pretrained: str | os.PathLike[str] | None
 
 
-def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute_dtype: torch.dtype | None, compile: bool,
-          options: Options, beginning: Beginning) -> nn.Module:  # fmt: skip
+def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan | Auto, compute_dtype: torch.dtype | None, compile: bool,
+          options: Options, beginning: Beginning, example: Any, keeps_overlap: bool) -> nn.Module:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TypeError(f"hierarchical_zero wraps an nn.Module, not {type(model).__name__}")
     compute = _check_model(model, compute_dtype)
@@ -129,6 +159,13 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan, compute
             f"topology {found.key}: levels beyond the world (`site`) need an outer strategy, which this version has not"
         )
     runtime = Runtime.get(found, timeout=options.timeout, collective_timeout=options.timeout)
+    if isinstance(plan, Auto):
+        from zcompile.planner.auto import choose
+
+        plan, overlap, said = choose(model, plan, found, compute, example)
+        options = options if keeps_overlap else replace(options, overlap=overlap)
+        if runtime.rank == 0:
+            print(f"zcompile: {said}", file=sys.stderr, flush=True)
     main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")
     resolved = plan.resolve(found, main, _chip(device))
     _agree(runtime, model, resolved, compute, options)
@@ -301,7 +338,7 @@ def _inner(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def _engine(model: Any, caller: str) -> Engine:
+def engine_of(model: Any, caller: str) -> Engine:
     inner = _inner(model)
     if not isinstance(inner, Root):
         raise TypeError(f"zcompile.{caller}: {type(model).__name__} was not wrapped by hierarchical_zero")
@@ -315,7 +352,7 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False, cpu_offload: 
         rank0_only: {} on the other ranks, which hold one whole parameter at a time.
         cpu_offload: each parameter goes to the CPU when it is whole, so that the device holds one at a time.
     """
-    engine = _engine(model, "full_state_dict")
+    engine = engine_of(model, "full_state_dict")
     slots = {name: slot for slot in engine.slots for name in slot.names}
     wholes: dict[str, Tensor] = {}
     out: dict[str, Any] = {}
@@ -358,7 +395,7 @@ def export(
         raise ValueError(f"file_bytes={file_bytes!r}: must be a number of bytes")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype={dtype!r}: must be a floating point torch.dtype, or None for fp32")
-    pretrained.export(_inner(model), _engine(model, "export"), folder_of(folder), dtype, file_bytes)
+    pretrained.export(_inner(model), engine_of(model, "export"), folder_of(folder), dtype, file_bytes)
 
 
 def load_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -367,7 +404,7 @@ def load_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: on every rank alike: no safetensors there, a name or a shape that does not fit, a file that cannot be read.
     """
-    engine = _engine(model, "load_pretrained")
+    engine = engine_of(model, "load_pretrained")
     files = together(engine.runtime, lambda: pretrained.Files(_inner(model), folder), f"{folder} cannot be loaded")
     together(engine.runtime, lambda: pretrained.load(_inner(model), engine, files), f"{folder} cannot be loaded")
 
@@ -382,7 +419,25 @@ def ledger(model: nn.Module) -> dict[str, Any]:
     columns come from the closed forms, from the collective nodes of the graphs that ran, and from the process groups; they are equal, or
     something is wrong.
     """
-    return traffic.report(_engine(model, "ledger"))
+    return traffic.report(engine_of(model, "ledger"))
+
+
+def explain(model: nn.Module, rows: int = 20, sort: str = "exposed") -> Explanation:
+    """What the compiler did to a wrapped model that has run: programs, ledger, timeline, and why hops are waited for.
+
+    Printed it is tables; in a notebook it is the page that a dump has as report.html (with bokeh: the extra `report`).
+
+    Args:
+        rows: parameters and hops that are printed; sort: order of the parameters, one of "exposed", "bytes", "name".
+
+    Raises:
+        TypeError: the model was not wrapped by hierarchical_zero.
+        ValueError: another order; nothing was compiled so far.
+    """
+    from zcompile.debug.explain import Explanation
+
+    steps = engine_of(model, "explain").steps
+    return Explanation([steps[number] for number in sorted(steps)], rows, sort)
 
 
 def precision(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, dict[str, int]]:
@@ -391,7 +446,7 @@ def precision(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
     Rows: masters, compute copies, whole weights, each transfer over each level, main gradients, the gradients that are there, and, with an
     optimizer, its state. Kept tensors are looked at; what only travels is told by the plan.
     """
-    return formats.report(_engine(model, "precision"), optimizer)
+    return formats.report(engine_of(model, "precision"), optimizer)
 
 
 def coverage(model: nn.Module) -> dict[str, Any]:
@@ -402,7 +457,7 @@ def coverage(model: nn.Module) -> dict[str, Any]:
         forward read, those that compiled graphs alone gathered; compiled: their names; eager: name -> file:line that read it outside of
         any graph; unread: names of the others.
     """
-    return covered.report(_engine(model, "coverage"))
+    return covered.report(engine_of(model, "coverage"))
 
 
 def clip_grad_norm_(
@@ -421,7 +476,7 @@ def clip_grad_norm_(
         the norm before clipping, equal on all ranks. If it is not finite the gradients are left as they are, and the optimizer's step
         is skipped by the option `nonfinite`.
     """
-    return gradients.clip_grad_norm_(_engine(model, "clip_grad_norm_"), max_norm, norm_type, error_if_nonfinite)
+    return gradients.clip_grad_norm_(engine_of(model, "clip_grad_norm_"), max_norm, norm_type, error_if_nonfinite)
 
 
 def feedback_state(model: nn.Module) -> dict[str, dict[str, DTensor]]:
@@ -429,7 +484,7 @@ def feedback_state(model: nn.Module) -> dict[str, dict[str, DTensor]]:
 
     {topology key: {"parameter.reduce" or "parameter.sync": DTensor [ranks, elements] fp32}}; the tensors are the state itself.
     """
-    return feedback.feedback_state(_engine(model, "feedback_state"))
+    return feedback.feedback_state(engine_of(model, "feedback_state"))
 
 
 def load_feedback_state(model: nn.Module, folder: str | os.PathLike[str], prefix: str = "feedback") -> bool:
@@ -439,7 +494,7 @@ def load_feedback_state(model: nn.Module, folder: str | os.PathLike[str], prefix
         False if the checkpoint holds none for this topology and plan (it was saved on another world, say): the state then begins at
         zero, and rank 0 says so.
     """
-    engine = _engine(model, "load_feedback_state")
+    engine = engine_of(model, "load_feedback_state")
     lost = feedback.load(engine, folder_of(folder), prefix)
     if lost and engine.runtime.rank == 0:
         print(f"zcompile: {lost}", file=sys.stderr, flush=True)
@@ -472,7 +527,7 @@ def save(
     Raises:
         CheckpointError: on every rank alike, with the rank and the file: the disk is full, the folder exists. What was written is removed.
     """
-    return checkpoint.save(_inner(model), _engine(model, "save"), optimizer, folder, extra, own, asynchronous)
+    return checkpoint.save(_inner(model), engine_of(model, "save"), optimizer, folder, extra, own, asynchronous)
 
 
 def load(
@@ -497,9 +552,9 @@ def load(
         CheckpointError: on every rank alike, naming what is missing, short, damaged, strange or of another shape. If it is raised while
             shards are read, the model holds a mixture: load again, or end.
     """
-    return checkpoint.load(_inner(model), _engine(model, "load"), optimizer, folder, drop_window)
+    return checkpoint.load(_inner(model), engine_of(model, "load"), optimizer, folder, drop_window)
 
 
 def mark_written(model: nn.Module) -> None:
     """Announce a write to the masters that torch does not count (through `p.data`): the next forward refreshes every copy."""
-    _engine(model, "mark_written").mark_written()
+    engine_of(model, "mark_written").mark_written()

@@ -9,6 +9,7 @@ in which every field of the plan is visible. AOTAutograd's own cache, which woul
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import sys
@@ -30,6 +31,8 @@ from zcompile._torch_compat import (
     compile_fx,
     compile_fx_inner,
     generated_code,
+    input_sources,
+    meta_gradients,
 )
 from zcompile.covered import break_of
 from zcompile.debug.text import source
@@ -90,9 +93,10 @@ class Compilation:
         self.number = next(Compilation._numbers)
         self.decompositions: dict[Any, Any] = {}
         self.dump = self._dump()
-        self.observer = self.dump.observe if self.dump else None
+        self.observer = self.dump.observe
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.dump.sources = input_sources(gm)
         broken = break_of(gm)
         if broken is not None and broken not in self.engine.breaks:
             self.engine.breaks.append(broken)
@@ -102,15 +106,15 @@ class Compilation:
                 False  # rewrites belong to code generation: without it the bits are those of eager torch
             )
             patches["joint_graph_constant_folding"] = False
-        with aot_cache_off():
+        on_paper = meta_gradients() if self.engine.device.type == "meta" else contextlib.nullcontext()
+        with aot_cache_off(), on_paper:
             return compile_fx(gm, example_inputs, self.half, patches, None if self.options.codegen else {})
 
     def joint(self, gm: GraphModule) -> None:
         """On the joint graph (and on an inference graph, before `half`)."""
         context = self._context("joint")
         runner.run(gm, passes.JOINT, context, self.observer)
-        if self.dump:
-            self.dump.finish(gm, context)
+        self.dump.finish(context)
 
     def half(self, gm: GraphModule, example_inputs: Sequence[Any], **details: Any) -> Callable[[list[Any]], Any]:
         """On the forward, backward or inference graph: what Inductor calls to compile it."""
@@ -122,6 +126,8 @@ class Compilation:
             )
         reads = frozenset(spec_of(node).name for node in find(gm.graph, GATHER))
         runner.run(gm, passes.LOWERED, context, self.observer)
+        if self.engine.graphs is not None:
+            self.engine.graphs.append((stage, gm))
         collectives = [replace(collective_of(node), source=source(node)) for node in find(gm.graph, *TRAFFIC)]
         self.engine.note_sources(collectives)
         order, compiled = pin.order(gm), traffic(gm)
@@ -139,9 +145,9 @@ class Compilation:
                     f"zcompile: {program.name}: code {program.code} in {taken:.1f} s, passes {together - taken:.1f} s"
                 )
                 print(line, file=sys.stderr, flush=True)
-        if self.dump:
-            context.seconds = program.seconds
-            self.dump.finish(gm, context, program.code)
+        context.seconds = program.seconds
+        self.dump.finish(context, program.code)
+        self.engine.keep(self.dump.step)
         self.engine.programs.append(program)
         return program.entry()
 
@@ -165,13 +171,14 @@ class Compilation:
         options, name = self.options, f"graph {self.number} {stage}"
         return Context(stage, self.engine.plan, name=name, overlap=options.overlap, memory=options.memory)
 
-    def _dump(self) -> Dump | None:
-        folder = self.options.dump_folder
-        if not folder:
-            return None
+    def _dump(self) -> Dump:
         from zcompile.debug.dump import Dump
 
-        return Dump(folder, self.engine.runtime.rank, self.number)
+        options, rank = self.options, self.engine.runtime.rank
+        ranks = options.dumping_ranks(self.engine.plan.topology.world_size)
+        specs = [spec for unit in self.engine.units for spec in unit.specs]
+        folder = options.dump_folder if rank in ranks else ""
+        return Dump(folder, rank, self.number, specs, with_views=rank == min(ranks))
 
 
 def _described(value: Any) -> str:

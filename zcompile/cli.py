@@ -19,6 +19,30 @@ COMMANDS = {
         "zcompile.trace",
         "compile a named model for a machine that exists on paper: no GPU, no allocation; seconds, memory, bytes per level",
     ),
+    "dump": (
+        "zcompile.debug.command",
+        "what the compiler did to a model, for any machine, without one: programs, diffs, ledger, timeline, a page to look at",
+    ),
+    "diff": (
+        "zcompile.debug.compare",
+        "where two dumps part: two ranks, two plans, two commits",
+    ),
+    "measured": (
+        "zcompile.debug.measured",
+        "a torch.profiler trace of a dumped job's steps beside what was expected of them, in the dump's page",
+    ),
+    "plan": (
+        "zcompile.planner.command",
+        "which placements, formats and buckets, and what a step costs, on a machine that need not be here: table, formulas, pictures",
+    ),
+    "calibrate": (
+        "zcompile.calibrate",
+        "measure this machine's levels and computing, and write the file that a topology can be made of",
+    ),
+    "reproduce": (
+        "zcompile.reproduce.command",
+        "the cost model beside published measurements and runs on this machine: paper, zeropp, collectives, local, reach",
+    ),
     "bytes": (
         "zcompile.compare_bytes",
         "bytes per level of a small GPT under native and quantised plans, beside FSDP2 and HSDP, counted on eight local processes",
@@ -74,6 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = importlib.import_module(module)
             found.add_arguments(command)
             command.set_defaults(run=found.command)
+            if getattr(found, "TAKES_MORE", False) and "--" in given:  # what follows it is not for us
+                at = given.index("--")
+                command.set_defaults(more=given[at + 1 :])
+                given = given[:at]
     arguments = parser.parse_args(given)
     code: int = arguments.run(arguments)
     return code

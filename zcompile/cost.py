@@ -30,6 +30,30 @@ P, B, INNER, OUTER = sympy.symbols("P b E_{j-1} E_j", positive=True, integer=Tru
 HOP = B * P * (1 / INNER - 1 / OUTER)
 """The closed form above, for printing (`zcompile plan --explain`) and for checking the integer arithmetic below against."""
 
+E_W, E_G, E_O = sympy.symbols("E_W E_G E_O", positive=True, integer=True)
+STATE = {
+    "master": 4 * P / E_O,
+    "copy": B * P / E_W,
+    "main": 4 * P / E_G,
+    "gradient": 4 * P / E_O,
+    "moments": 8 * P / E_O,
+}
+"""Model-state bytes on one rank of P parameters whose copies are stored with b bytes each: `main` while micro-batches add up, the copy
+where it is not the master itself. `state_bytes` has the padding and the scales too."""
+
+RECEIVED, BANDWIDTH, FRACTION, LATENCY, OVERHEAD, MESSAGES = sympy.symbols("R beta c alpha o n", positive=True)
+HOP_SECONDS = OVERHEAD + MESSAGES * LATENCY + RECEIVED / (BANDWIDTH * FRACTION)
+"""Of one hop in which a rank receives R bytes: call overhead o, n messages one after another of latency alpha, bandwidth beta, of which
+messages of R / n bytes reach the part c. zcompile.times.hop_seconds is this with a level's numbers."""
+
+FLOPS, RATE, MOVED, MEMORY = sympy.symbols("F rho M mu", positive=True)
+OPERATION_SECONDS = sympy.Max(FLOPS / RATE, MOVED / MEMORY)
+"""Roofline of one operation: F FLOPs at the rate rho that the device reaches for so many, M bytes at the memory's bandwidth mu."""
+
+COMPUTE, LANE = sympy.symbols("C L_j", positive=True)
+STEP_BOUND = sympy.Max(COMPUTE, LANE)
+"""No step is shorter than its computing, nor than the hops of its busiest level take."""
+
 
 def hop_bytes(layout: Layout, level: int, wire: WireFormat, transfer: str) -> int:
     """Bytes one rank receives in the hop over `level` (1..m): HOP with b P the bytes of all rows; exact, since E_m divides them."""

@@ -51,6 +51,8 @@ LOSSES = 64
 """Of so many forwards of one step the loss is kept, to say whose was not finite."""
 _ENGINES: weakref.WeakValueDictionary[str, Engine] = weakref.WeakValueDictionary()
 _count = 0
+_KEPT = 8
+"""Compilations that an engine remembers."""
 
 
 def engines() -> list[Engine]:
@@ -138,6 +140,10 @@ class Engine:
         """A checkpoint that is being written in the background: zcompile.checkpoint."""
         self.running: Any = None
         """The compiled graph that runs, or that an error broke off."""
+        self.steps: dict[int, Any] = {}
+        """What zcompile.explain shows: the last compilations, by number."""
+        self.graphs: list[tuple[str, Any]] | None = None
+        """(stage, lowered graph) of what is compiled; kept where somebody put a list here (zcompile.planner.traced)."""
         self._checksums: dict[Unit, Tensor] = {}
         self._copy_sums: dict[Unit, Tensor] = {}
         self.losses: list[Tensor] = []
@@ -359,6 +365,13 @@ class Engine:
         from zcompile.debug.report import compile_report
 
         return compile_report(self.programs)
+
+    def keep(self, step: Any) -> None:
+        """Remember a compilation for zcompile.explain; the oldest is forgotten."""
+        if step is not None:
+            self.steps[step.number] = step
+            for number in sorted(self.steps)[:-_KEPT]:
+                del self.steps[number]
 
     def whole_master(self, slot: Slot) -> Tensor:
         """The whole parameter, fp32, from the masters on all ranks; every rank calls it. Not a transfer of a step: not counted."""

@@ -1,15 +1,19 @@
 """The rungs of a machine, its device, and the machines known by name.
 
 All rates are per rank and in one direction, in B/s; latencies are in seconds and are those of the wire (what a
-collective library adds per call belongs to the cost model). Numbers marked *measured* come from acceptance tests or
-papers, numbers marked *peak* from the vendor's data sheets; none was fitted.
+collective library adds per call is `overhead`). Known machines are files in zcompile/machine_data, where each value has its source: an
+acceptance test, a paper, a data sheet ("peak") or a command; none was fitted. A file of your own is given by its path.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 LADDER = ("pair", "node", "group", "cluster", "system", "site")
 """Level names with a known order, fastest first; other names are allowed and only match themselves."""
@@ -28,12 +32,31 @@ FP8_CHIPS = {
 """Chips with fp8 in hardware, by the beginning of their name, and which of the two codes it is. gfx90a (MI250X) emulates it: not here."""
 
 
+STEPS = ("direct", "ring", "tree")
+"""How many messages of a collective among s ranks follow one another: 1 (each rank to each at once), s - 1, ceil(log2 s)."""
+
+
+def _points(what: str, given: Any) -> tuple[tuple[float, float], ...]:
+    """A curve, checked: ascending positive positions, fractions in (0, 1]."""
+    points = tuple((float(x), float(y)) for x, y in given)
+    if any(not (x > 0 and 0 < y <= 1) for x, y in points) or list(points) != sorted(points):
+        raise ValueError(
+            f"{what} {points}: must be pairs (size, part of the rate), sizes ascending, parts above 0 and up to 1"
+        )
+    return points
+
+
 @dataclass(frozen=True)
 class Level:
     """One rung of the machine.
 
     name: an identifier, not `whole` or `world`. size: how many groups of the rung below it joins (>= 1).
     bandwidth: B/s that one rank receives, one direction. latency: seconds for a small message.
+    steps: how a collective scales with the size, one of STEPS: messages that follow one another, each with the latency.
+    overhead: seconds that a call of the collective library takes before anything is sent.
+    curve: the message-size curve, pairs (bytes of one message, part of the bandwidth that it reaches), ascending; between points it
+    is linear in the logarithm of the bytes, beyond them it stays. (): the whole bandwidth, whatever the size.
+    via: names of levels whose links its bytes cross too, and share with their own hops (a network card behind a device's link).
     Raises ValueError naming the field and its value.
     """
 
@@ -41,6 +64,10 @@ class Level:
     size: int
     bandwidth: float
     latency: float
+    steps: str = "direct"
+    overhead: float = 0.0
+    curve: tuple[tuple[float, float], ...] = ()
+    via: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.name):
@@ -55,6 +82,12 @@ class Level:
             raise ValueError(f"level {self.name!r}: bandwidth {self.bandwidth!r} B/s; must be positive and finite")
         if not (self.latency >= 0 and math.isfinite(self.latency)):
             raise ValueError(f"level {self.name!r}: latency {self.latency!r} s; must be finite and not negative")
+        if self.steps not in STEPS:
+            raise ValueError(f"level {self.name!r}: steps {self.steps!r}; valid: {', '.join(STEPS)}")
+        if not (self.overhead >= 0 and math.isfinite(self.overhead)):
+            raise ValueError(f"level {self.name!r}: overhead {self.overhead!r} s; must be finite and not negative")
+        object.__setattr__(self, "curve", _points(f"level {self.name!r}: curve", self.curve))
+        object.__setattr__(self, "via", tuple(self.via))
 
 
 @dataclass(frozen=True)
@@ -63,6 +96,8 @@ class Device:
 
     peak_flops: pairs (dtype name as torch spells it, FLOP/s), dense. memory: bytes. memory_bandwidth: B/s.
     chip: the architecture as compilers call it ("gfx90a", "sm_90"); "" where nobody knows.
+    efficiency: pairs (FLOPs of one product, part of the peak that it reaches), a curve as `Level.curve` is; (): EFFICIENCY at all sizes.
+    overhead: seconds that any operation takes at least.
     """
 
     name: str
@@ -70,8 +105,13 @@ class Device:
     memory: float
     memory_bandwidth: float
     chip: str = ""
+    efficiency: tuple[tuple[float, float], ...] = ()
+    overhead: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "efficiency", _points(f"device {self.name!r}: efficiency", self.efficiency))
+        if not (self.overhead >= 0 and math.isfinite(self.overhead)):
+            raise ValueError(f"device {self.name!r}: overhead {self.overhead!r} s; must be finite and not negative")
         rates = tuple((str(dtype), float(rate)) for dtype, rate in self.peak_flops)
         object.__setattr__(self, "peak_flops", rates)
         named = [(f"peak_flops of {dtype}", rate) for dtype, rate in rates]
@@ -94,62 +134,129 @@ class Device:
 GENERIC = Device("generic", (("bfloat16", 100e12), ("float32", 25e12)), memory=64e9, memory_bandwidth=1e12)
 """A round-number accelerator for topologies given by sizes alone: for drawing and testing, not for forecasts."""
 
-# Peak, bf16: half of the 383 TF of one MI250X (some public tables give the module's figure per GCD: twice too much).
-# fp32 is the matrix rate, 47.9 TF. Memory and its rate: OLCF Frontier user guide.
-MI250X_GCD = Device(
-    "MI250X GCD", (("bfloat16", 191.5e12), ("float32", 47.9e12)), memory=64e9, memory_bandwidth=1.6e12, chip="gfx90a"
-)
-# Peak, data sheets, dense.
-MI300X = Device(
-    "MI300X", (("bfloat16", 1307.4e12), ("float32", 163.4e12)), memory=192e9, memory_bandwidth=5.3e12, chip="gfx942"
-)
-H100_SXM = Device(
-    "H100 SXM", (("bfloat16", 989.4e12), ("float32", 66.9e12)), memory=80e9, memory_bandwidth=3.35e12, chip="sm_90"
-)
+
+class MachineError(ValueError):
+    """A machine's file cannot be read: names the file, the field and what is right there."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the level between nodes is two on a large machine: at most `most` nodes in a group of `inner`, groups joined by `outer`."""
+
+    most: int
+    inner: Level
+    outer: Level
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A known machine: the levels inside one node, the level that joins nodes (its size is filled in), the device."""
+    """A machine: the levels inside one node, the level that joins nodes (its size is filled in), the device.
+
+    Attributes:
+        split: of the level between nodes into two; None where nobody knows.
+        flat: what the vendor's collectives over all ranks reach, for comparisons: B/s in a node and between nodes (per node), seconds per
+            step of a ring and per call. {} where it is not known.
+        sources: field -> where its value is from, or the command that measured it.
+        note: a line on the machine.
+    """
 
     inside: tuple[Level, ...]
     between: Level
     device: Device
+    split: Split | None = None
+    flat: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def ranks_per_node(self) -> int:
         """Ranks in one node: the product of the sizes inside it."""
         return math.prod(level.size for level in self.inside)
 
-    def levels(self, nodes: int) -> tuple[Level, ...]:
-        """All levels for that many nodes, fastest first. One node keeps its `cluster` level, of size 1."""
-        return (*self.inside, replace(self.between, size=nodes))
+    def levels(self, nodes: int, groups: int = 0) -> tuple[Level, ...]:
+        """All levels, fastest first, for that many nodes; with `groups`, for so many groups of that many nodes (four levels on Frontier).
+
+        One node keeps its `cluster` level, of size 1. A job that is larger than a group crosses the links between groups with all it sends
+        between nodes: its one level has their rate. ValueError where the machine has no groups or they are larger than it has.
+        """
+        if not groups:
+            level = replace(self.between, size=nodes)
+            if self.split and nodes > self.split.most:
+                level = replace(level, bandwidth=min(level.bandwidth, self.split.outer.bandwidth))
+            return (*self.inside, level)
+        if self.split is None:
+            raise ValueError("this machine is not known to have groups of nodes; give one number of nodes")
+        if nodes > self.split.most:
+            raise ValueError(f"{nodes} nodes in a group: this machine's groups have at most {self.split.most}")
+        return (*self.inside, replace(self.split.inner, size=nodes), replace(self.split.outer, size=groups))
+
+    @classmethod
+    def read(cls, path: str | Path) -> Machine:
+        """From a file as in zcompile/machine_data, or as `zcompile calibrate` writes it. MachineError says what is wrong with it."""
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise MachineError(f"machine file {str(path)!r}: {error}") from None
+        reader = _Reader(str(path))
+        try:
+            inside = tuple(reader.level(level, f"inside.{level.get('name')}") for level in data["inside"])
+            split = data.get("split")
+            return cls(
+                inside,
+                reader.level({"size": 1, **data["between"]}, "between"),
+                reader.device(data["device"]),
+                Split(
+                    reader.value(split["most"], "split.most"),
+                    reader.level({"size": 1, **split["inner"]}, "split.inner"),
+                    reader.level({"size": 1, **split["outer"]}, "split.outer"),
+                )
+                if split
+                else None,
+                {key: reader.value(entry, f"flat.{key}") for key, entry in data.get("flat", {}).items()},
+                reader.sources,
+                str(data.get("note", "")),
+            )
+        except KeyError as error:
+            raise MachineError(f"machine file {str(path)!r}: {error.args[0]!r} is missing") from None
+        except (TypeError, AttributeError, ValueError) as error:
+            raise (
+                error if isinstance(error, MachineError) else MachineError(f"machine file {str(path)!r}: {error}")
+            ) from None
 
 
-# Frontier and LUMI-G have the same node (4 MI250X = 8 GCDs, 4 Slingshot-11 NICs). Measured, LUMI's acceptance tests
-# (https://github.com/Lumi-supercomputer/lumi-reframe-tests; the GCD figures after Pearson, arXiv 2302.14827):
-#   pair     148 GB/s  GCD to GCD in one package (peak 200)
-#   node      38 GB/s  one single link between packages (peak 50). Some packages are joined by dual links (76), but
-#                      every ring through the four even or the four odd GCDs has a single link, which sets its pace
-#   cluster   95 GB/s  per node (8 pairs of processes at once), shared by 8 GCDs: 11.9 GB/s each
-# Latency, measured: a small MPI GPU all-reduce in one node 1.25 us; GPU to GPU between nodes, 8 pairs, 3.0 us.
-MI250X_NODES = Machine(
-    inside=(Level("pair", 2, 148e9, 1.25e-6), Level("node", 4, 38e9, 1.25e-6)),
-    between=Level("cluster", 1, 95e9 / 8, 3.0e-6),
-    device=MI250X_GCD,
-)
+class _Reader:
+    """Takes values out of a machine's file and keeps their sources: every one must have one."""
 
-# Peak. MI300X: 7 Infinity Fabric links of 64 GB/s to the other 7 devices. DGX H100: NVLink 4, 18 links of 25 GB/s.
-# Both: one 400 Gb/s NIC per device. The latencies are round numbers.
-MI300X_NODES = Machine((Level("node", 8, 7 * 64e9, 2e-6),), Level("cluster", 1, 50e9, 5e-6), MI300X)
-DGX_H100 = Machine((Level("node", 8, 18 * 25e9, 2e-6),), Level("cluster", 1, 50e9, 5e-6), H100_SXM)
+    def __init__(self, path: str):
+        self.path = path
+        self.sources: dict[str, str] = {}
 
-MACHINES: dict[str, Machine] = {
-    "frontier": MI250X_NODES,
-    "lumi": MI250X_NODES,
-    "mi300x": MI300X_NODES,
-    "dgx-h100": DGX_H100,
-}
+    def value(self, entry: Any, where: str) -> Any:
+        if not isinstance(entry, dict) or set(entry) != {"value", "source"} or not entry["source"]:
+            raise MachineError(
+                f'machine file {self.path!r}: {where} must be {{"value": ..., "source": "..."}}, not {entry!r}'
+            )
+        self.sources[where] = str(entry["source"])
+        return entry["value"]
+
+    def level(self, data: Mapping[str, Any], where: str) -> Level:
+        plain = {key: data[key] for key in ("name", "size")}
+        rest = {key: self.value(entry, f"{where}.{key}") for key, entry in data.items() if key not in plain}
+        return Level(**plain, **rest)
+
+    def device(self, data: Mapping[str, Any]) -> Device:
+        peaks = {dtype: self.value(entry, f"device.peak_flops.{dtype}") for dtype, entry in data["peak_flops"].items()}
+        named = ("name", "chip", "peak_flops")
+        rest = {key: self.value(entry, f"device.{key}") for key, entry in data.items() if key not in named}
+        return Device(data["name"], tuple(peaks.items()), chip=data.get("chip", ""), **rest)
+
+
+DATA = Path(__file__).parent / "machine_data"
+_ORDER = ("frontier", "lumi", "mi300x", "dgx-h100", "dgx-h200", "dgx-2")
+MACHINES: dict[str, Machine] = {name: Machine.read(DATA / f"{name}.json") for name in _ORDER}
+"""Known by name; each constant's source is in its file. frontier and lumi have the same node: 4 MI250X = 8 GCDs, 4 Slingshot-11 cards."""
+
+MI250X_NODES = MACHINES["frontier"]
 
 # Names given to sizes without a machine, by how many sizes there are.
 NAMES_BY_COUNT: dict[int, tuple[str, ...]] = {

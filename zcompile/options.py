@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 CHECKS = (False, True, "masters", "checksums")
 """What the option `checks` may be."""
 NONFINITE = ("skip", "raise", "ignore")
+_RANKS = r"|all|\d+(,\d+)*"
+_RANKS_HELP = "must be ranks, as '0' or '0,8,16', or 'all'"
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Options:
     Attributes:
         codegen: generate code with Inductor. False runs the same backend and passes and executes the lowered graph node by node.
         dump: folder for the program before and after each pass (also the environment variable ZCOMPILE_DUMP); "" is none.
+        dump_ranks: whose programs are dumped: "0" (or more of them: "0,8,16") or "all" (also ZCOMPILE_DUMP_RANKS). The first of them writes
+            ledger, trace and report.
         overlap: buckets whose transfers are under way while the graph computes, in either direction, however deep the model: 0 waits for
             each hop where it is launched; more hide more and keep so many more buckets in memory. Compiled graphs only.
         memory: bytes that transfers under way may hold, gathers and reductions each, beside the bucket that is needed next; 0: no bound but
@@ -40,6 +45,7 @@ class Options:
 
     codegen: bool = True
     dump: str = ""
+    dump_ranks: str = ""
     overlap: int = 0
     memory: int = 0
     timeout: float = 600.0
@@ -75,10 +81,24 @@ class Options:
             )
         if not isinstance(self.dump, (str, os.PathLike)):
             raise ValueError(f"option dump={self.dump!r}: must be the path of a folder")
+        if not isinstance(self.dump_ranks, str) or not re.fullmatch(_RANKS, self.dump_ranks):
+            raise ValueError(f"option dump_ranks={self.dump_ranks!r}: {_RANKS_HELP}")
 
     @property
     def dump_folder(self) -> str:
         return os.fspath(self.dump) or os.environ.get("ZCOMPILE_DUMP", "")
+
+    def dumping_ranks(self, world_size: int) -> Collection[int]:
+        """The ranks that dump. ValueError where ZCOMPILE_DUMP_RANKS is no list of ranks, or this world has none of them."""
+        text = self.dump_ranks or os.environ.get("ZCOMPILE_DUMP_RANKS", "") or "0"
+        if not re.fullmatch(_RANKS, text):
+            raise ValueError(f"ZCOMPILE_DUMP_RANKS={text!r} in the environment: {_RANKS_HELP}")
+        if text == "all":
+            return range(world_size)
+        found = {int(rank) for rank in text.split(",")}
+        if beyond := sorted(rank for rank in found if rank >= world_size):
+            raise ValueError(f"dump_ranks={text!r}: there is no rank {beyond[0]} in a world of {world_size}")
+        return found
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> Options:

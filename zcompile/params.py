@@ -186,7 +186,7 @@ def kind_of(shape: Sequence[int], owners: Iterable[nn.Module]) -> str:
     return "matrix" if len(shape) > 1 else "vector"
 
 
-def _group(
+def grouped(
     model: nn.Module, plan: ResolvedPlan, compute: dict[str, torch.dtype]
 ) -> Iterator[list[tuple[nn.Parameter, dict[str, Any]]]]:
     """Runs of parameters that share a unit, with the fields of their specs that do not depend on the unit."""
@@ -240,7 +240,7 @@ def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: t
     owners = named_owners(model)
     units: list[Unit] = []
     slots: list[Slot] = []
-    for number, run in enumerate(list(_group(model, plan, compute))):
+    for number, run in enumerate(list(grouped(model, plan, compute))):
         unit_name = f"u{number}"
         specs = side_by_side([ParamSpec(**fields, unit=unit_name, offset=0, unit_shard=0) for _, fields in run])
         first = specs[0]

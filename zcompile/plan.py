@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from zcompile.topology import LADDER, Topology
 from zcompile.wire import COMPUTE_FORMATS, Formats, WireFormat, freeze_formats
 
-__all__ = ["KINDS", "PRESETS", "TRANSFERS", "Plan", "ResolvedPlan", "Rule", "WireFormat", "Wires"]
+__all__ = ["ALLOWED", "KINDS", "PRESETS", "TRANSFERS", "Auto", "Plan", "ResolvedPlan", "Rule", "WireFormat", "Wires"]
 
 TRANSFERS = ("gather", "reduce", "sync", "refresh", "back")
 
@@ -167,7 +167,10 @@ class Plan:
         """A preset, with any field of Plan overridden. Its label stays unless placements change (then "custom").
         ValueError for an unknown preset or field, listing the valid ones."""
         if preset == "auto":
-            raise ValueError(f"plan 'auto': the planner is not in this version; valid: {', '.join(PRESETS)}")
+            raise ValueError(
+                "plan 'auto' is chosen for a model: hierarchical_zero(model, plan='auto'), or `zcompile plan`; "
+                f"valid here: {', '.join(PRESETS)}"
+            )
         if preset not in PRESETS:
             raise ValueError(f"unknown plan {preset!r}{_hint(preset, PRESETS)}; valid: {', '.join(PRESETS)}")
         valid = [field.name for field in fields(cls)] + ["wire"]
@@ -192,6 +195,46 @@ class Plan:
         lacks becomes the next slower one that exists. ValueError if placements are then out of order, or name a level (or a
         format's level) that nobody knows, or if a format is not for this chip."""
         return ResolvedPlan(self, topology, compute, chip or topology.device.chip)
+
+
+ALLOWED = ("bf16", "int8", "int4", "int8-delta", "int4-delta")
+"""What the planner may be allowed beyond native gathers and fp32 reductions: bf16 and int4 for reductions, int8 for gathers and
+reductions, deltas for refreshes."""
+
+
+@dataclass(frozen=True)
+class Auto:
+    """What `plan=` takes instead of a Plan: the planner chooses. "auto" is Auto().
+
+    Attributes:
+        allow: wire formats of ALLOWED that it may choose beyond native ones; none is chosen unasked.
+        max_wire_bits: the same in one number, 16, 8 or 4: formats of at least so many bits, deltas not included; 32: native ones.
+        memory: bytes of a device; 0: what the topology says.
+        micro_batches: of a step.
+    """
+
+    allow: tuple[str, ...] = ()
+    max_wire_bits: int = 32
+    memory: int = 0
+    micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "allow", tuple(self.allow))
+        for name in self.allow:
+            if name not in ALLOWED:
+                raise ValueError(f"Auto(allow={name!r}): valid: {', '.join(ALLOWED)}")
+        if self.max_wire_bits not in (32, 16, 8, 4):
+            raise ValueError(f"Auto(max_wire_bits={self.max_wire_bits!r}): valid: 32 (native formats), 16, 8, 4")
+        for field, least in (("memory", 0), ("micro_batches", 1)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"Auto({field}={value!r}): must be a whole number from {least}")
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """All that are allowed."""
+        bits = {"bf16": 16, "int8": 8, "int4": 4}
+        return tuple(name for name in ALLOWED if name in self.allow or bits.get(name, 0) >= self.max_wire_bits)
 
 
 @dataclass(frozen=True)

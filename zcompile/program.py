@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch.profiler import record_function
+
+from zcompile._torch_compat import profiling
 from zcompile.cost import Bytes
 from zcompile.faults.sites import Listed, about
 from zcompile.passes.nodes import Collective
@@ -64,7 +68,8 @@ class Program:
         if self.stage != "backward":
             engine.reads.compiled |= self.reads
         engine.running = self
-        with about(Listed(self.name, self.collectives)):
+        spans = record_function(f"zc {self.name}") if profiling() else contextlib.nullcontext()
+        with about(Listed(self.name, self.collectives)), spans:
             out = self._code(inputs)
         engine.running = None  # and not after an error: what ran is asked for then
         return out

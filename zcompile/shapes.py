@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,23 @@ class Shape:
 
 SHAPES = {
     "gpt-neox-20b": Shape(44, 6144, 64, 50432, 2048),  # EleutherAI/gpt-neox configs/20B.yml
+    "gpt-175b": Shape(96, 12288, 96, 50304, 2048),  # GPT-3's layers, width and heads, in NeoX's kind of block
+    "gpt-18b": Shape(40, 6144, 32, 50304, 2048),  # DeepSpeed's ZeRO++ tutorial: 40 layers of 6144, 32 heads
     "pythia-6.9b": Shape(32, 4096, 32, 50432, 2048),
     "pythia-160m": Shape(12, 768, 12, 50304, 2048),
     "gpt-21m": Shape(6, 512, 8, 2048, 128),  # ours: large enough to quantise, small enough for eight local processes
     "gpt-60m": Shape(8, 768, 12, 2048, 128),
+    "gpt-4m": Shape(4, 256, 4, 2048, 128),  # ours: a step takes seconds over a slow network
     "tiny": Shape(2, 64, 4, 257, 32),
 }
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal, fused: on the meta device torch would take its scores apart, which no device that this stands for does."""
+    if q.is_meta:
+        found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
+        return found
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Block(nn.Module):
@@ -49,7 +61,7 @@ class Block(nn.Module):
         b, t, h = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(b, t, self.heads, 3, self.size).permute(3, 0, 2, 1, 4)
         q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, h)
+        a = _attention(q, k, v).transpose(1, 2).reshape(b, t, h)
         return x + self.proj(a) + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -59,10 +71,11 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """forward(tokens [B, T+1] int64) -> mean next-token cross entropy."""
+    """forward(tokens [B, T+1] int64) -> mean next-token cross entropy. recompute: backward computes each block's activations again."""
 
-    def __init__(self, shape: Shape):
+    def __init__(self, shape: Shape, recompute: bool = False):
         super().__init__()
+        self.recompute = recompute
         self.embed = nn.Embedding(shape.vocabulary, shape.hidden)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.hidden)
@@ -80,5 +93,12 @@ class Decoder(nn.Module):
         hidden = self.embed(x)
         cos, sin = self.cos[:t].to(hidden.dtype), self.sin[:t].to(hidden.dtype)
         for block in self.blocks:
-            hidden = block(hidden, cos, sin)
-        return F.cross_entropy(self.head(self.norm(hidden)).flatten(0, 1).float(), y.flatten())
+            hidden = (
+                checkpoint(block, hidden, cos, sin, use_reentrant=False) if self.recompute else block(hidden, cos, sin)
+            )
+        logits = self.head(self.norm(hidden)).flatten(0, 1).float()
+        if (
+            logits.is_meta
+        ):  # where tracing in torch 2.13 finds no derivative of nll_loss, and traces a backward of zeros
+            return -F.log_softmax(logits, -1).gather(-1, y.reshape(-1, 1)).mean()
+        return F.cross_entropy(logits, y.flatten())

@@ -1,60 +1,173 @@
 """What things take, by a machine's data sheet: seconds of a hop, and of a node of a graph. Pure: no device, no clock, no communication.
 
-The schedule pass asks, so all ranks must get the same answers: they are functions of the topology and of shapes alone. They are for
-deciding what is under way beside what, not forecasts: a hop takes its level's latency and bytes over bandwidth; an operation the longer
-of its FLOPs at EFFICIENCY of the device's peak and the bytes of its operands at the memory's bandwidth.
+The one cost model: the schedule pass asks it when it orders a graph, the simulator when it plays one, the planner through the simulator.
+All ranks must get the same answers: they are functions of the topology and of shapes alone.
+
+    hop         overhead + steps(s) latency + bytes / (bandwidth curve(bytes / steps(s)))      over a level of size s
+    operation   the longer of FLOPs / (efficiency peak) and the bytes of its operands / the memory's bandwidth
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from zcompile.machines import Device, Level
 
 EFFICIENCY = 0.5
-"""Part of the peak that matrix products are taken to reach: an assumption, not a measurement."""
+"""Part of the peak that matrix products are taken to reach where a device has no curve of its own: an assumption, not a measurement."""
+
+SECONDS = "zc_seconds"
+"""meta key of a node that stands for a stretch of a graph: (seconds, FLOPs) on the device."""
 
 _FREE = ("view", "reshape", "permute", "transpose", "expand", "squeeze", "unsqueeze", "select", "slice", "split", "detach", "alias", "t",
          "as_strided", "unbind", "getitem", "split_with_sizes", "narrow", "_unsafe_view", "empty", "wait_tensor")  # fmt: skip
 
 
+def steps(level: Level) -> int:
+    """Messages of one hop that follow one another."""
+    if level.steps == "ring":
+        return max(level.size - 1, 1)
+    return max(math.ceil(math.log2(level.size)), 1) if level.steps == "tree" else 1
+
+
+def at(curve: Sequence[tuple[float, float]], x: float) -> float:
+    """A curve's value: linear in log x between its points, constant beyond them; 1 where there are none."""
+    if not curve:
+        return 1.0
+    if x <= curve[0][0]:
+        return curve[0][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if x <= x1:
+            return y0 + (y1 - y0) * math.log(x / x0) / math.log(x1 / x0)
+    return curve[-1][1]
+
+
 def hop_seconds(level: Level, received: int) -> float:
-    """Latency and `received` bytes over the level's bandwidth."""
-    return level.latency + received / level.bandwidth
+    """Of one hop over the level in which each rank receives so many bytes."""
+    count = steps(level)
+    rate = level.bandwidth * at(level.curve, max(received, 1) / count)
+    return level.overhead + count * level.latency + received / rate
+
+
+class Lanes:
+    """The links of each level, as queues of work: a hop is over when every link that it crosses has worked off what was queued up to it.
+
+    Hops of one level follow one another, as on one communicator. Those that share a link with another level (`Level.via`) add their
+    bytes to its queue too. With `Level.via` empty everywhere a hop simply takes its level when those before it are over.
+    """
+
+    def __init__(self, levels: Sequence[Level]):
+        self.levels = {level.name: level for level in levels}
+        self.free = dict.fromkeys(self.levels, 0.0)
+        """When the level's links have nothing more to do."""
+
+    def launch(self, name: str, received: int, now: float) -> tuple[float, float]:
+        """A hop over level `name`, launched at `now`, each rank receiving so many bytes: when it begins and ends."""
+        level = self.levels[name]
+        begin = max(now, self.free[name])
+        end = begin + hop_seconds(level, received)
+        for other in level.via:
+            if other in self.levels:
+                self.free[other] = max(self.free[other], begin) + received / self.levels[other].bandwidth
+                end = max(end, self.free[other])
+        self.free[name] = end
+        return begin, end
+
+
+def flops(target: Any, args: Sequence[Any], keywords: Mapping[str, Any], value: Any) -> float:
+    """FLOPs of one operation on values (tensors, fake or not); 0 for what has none to speak of."""
+    packet = getattr(target, "overloadpacket", None)
+    if packet in _FLASH_ON_CPU:
+        return _FLASH_ON_CPU[packet](*args)
+    return float(flop_registry[packet](*args, **keywords, out_val=value)) if packet in flop_registry else 0.0
+
+
+def roofline(device: Device, count: float, moved: float, dtype: str) -> float:
+    """Seconds of one operation: the longer of its FLOPs, at the device's efficiency for so many, and the bytes that it moves."""
+    rate = _peak(device, dtype) * (at(device.efficiency, max(count, 1.0)) if device.efficiency else EFFICIENCY)
+    return max(count / rate, moved / device.memory_bandwidth, device.overhead)
+
+
+def is_free(target: Any) -> bool:
+    """Views and the like: nothing is computed and nothing moved."""
+    return _target_name(target) in _FREE or "_c10d_functional" in str(target)
+
+
+def is_pointwise(target: Any) -> bool:
+    """One element for each: compilers fuse chains of these, and what passes between two of them is not written."""
+    return torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+def node_flops(node: Node) -> float:
+    """FLOPs of one node; 0 for what has none to speak of."""
+    if node.op != "call_function":
+        return 0.0
+    if SECONDS in node.meta:
+        return float(node.meta[SECONDS][1])
+    args, keywords = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+    return flops(node.target, args, keywords, node.meta.get("val"))
 
 
 def node_seconds(node: Node, device: Device) -> float:
     """Of one operation on the device; 0 for views, inputs and collectives."""
-    if node.op != "call_function" or _name(node) in _FREE or "_c10d_functional" in str(node.target):
+    if SECONDS in node.meta:
+        return float(node.meta[SECONDS][0])
+    if node.op != "call_function" or is_free(node.target):
         return 0.0
     value = node.meta.get("val")
-    packet = getattr(node.target, "overloadpacket", None)
-    flops = 0.0
-    if packet in flop_registry:
-        args, keywords = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-        flops = float(flop_registry[packet](*args, **keywords, out_val=value))
-    moved = sum(_bytes(source.meta.get("val")) for source in node.all_input_nodes) + _bytes(value)
-    return max(flops / (EFFICIENCY * _peak(device, value)), moved / device.memory_bandwidth)
+    moved = sum(value_bytes(source.meta.get("val")) for source in node.all_input_nodes if not _stays_inside(source))
+    moved += 0 if _stays_inside(node) else value_bytes(value)
+    return roofline(device, node_flops(node), moved, value_dtype(value))
 
 
-def _name(node: Node) -> str:
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(packet).rpartition(".")[2] if packet is not None else getattr(node.target, "__name__", "")
+def _stays_inside(node: Node) -> bool:
+    """A value that a fused chain makes and uses: no memory sees it."""
+    return is_pointwise(node.target) and bool(node.users) and all(is_pointwise(user.target) for user in node.users)
 
 
-def _bytes(value: Any) -> int:
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> float:
+    return float(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+) -> float:
+    return float(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+_FLASH_ON_CPU: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+"""Which torch's own registry (2.13) leaves out."""
+
+
+def _target_name(target: Any) -> str:
+    packet = getattr(target, "overloadpacket", None)
+    return str(packet).rpartition(".")[2] if packet is not None else getattr(target, "__name__", "")
+
+
+def value_bytes(value: Any) -> int:
+    """Of a tensor, or of all in a list or tuple."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.itemsize
-    return sum(_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
+    return sum(value_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
 
 
-def _peak(device: Device, value: Any) -> float:
-    """FLOP/s for the dtype of a result; that of the slowest known one where the device has no figure for it."""
+def value_dtype(value: Any) -> str:
+    """Name of the dtype of a result, of its first tensor where it has several."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value
-    name = str(getattr(first, "dtype", "")).removeprefix("torch.")
+    return str(getattr(first, "dtype", "")).removeprefix("torch.")
+
+
+def _peak(device: Device, dtype: str) -> float:
+    """FLOP/s for the dtype of a result; that of the slowest known one where the device has no figure for it."""
     rates = dict(device.peak_flops)
-    return rates.get(name, min(rates.values()))
+    return rates.get(dtype, min(rates.values()))

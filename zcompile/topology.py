@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from zcompile.machines import (
     NAMES_BY_COUNT,
     Device,
     Level,
+    Machine,
     generic_levels,
 )
 
@@ -201,8 +202,9 @@ class Topology:
         """A topology from text.
 
         Sizes, fastest first: "8" (cluster), "4x2" (node, cluster), "2x2x2" (pair, node, cluster), four sizes (pair, node,
-        group, system), at the rates of a "generic" machine. Or a machine: "frontier", "lumi", "mi300x", "dgx-h100",
-        with the number of nodes after a colon ("frontier:48") or taken from `world_size`. None: what the launcher's
+        group, system), at the rates of a "generic" machine. Or a machine: "frontier", "lumi", "mi300x", "dgx-h100", ..., or the path
+        of a machine's file (.json), with the number of nodes after a colon ("frontier:48"; "frontier:64x147": 147 groups of 64
+        nodes, in four levels) or taken from `world_size`. None: what the launcher's
         variables say (`detect`). A Topology is passed through. ValueError if the text is not understood, or if the
         result does not have `world_size` ranks (where given); it lists what is valid.
         """
@@ -222,12 +224,18 @@ class Topology:
 
     @classmethod
     def _machine(cls, text: str, world_size: int | None) -> Topology:
-        name, colon, count = text.partition(":")
-        machine = MACHINES.get(name.lower())
+        name, colon, count = text.rpartition(":") if ":" in text else (text, "", "")
+        machine = Machine.read(name) if name.endswith(".json") else MACHINES.get(name.lower())
         if machine is None:
             raise ValueError(f"unknown topology {text!r}; valid: {_valid_texts()}")
         per_node = machine.ranks_per_node
         if colon:
+            grouped = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", count)
+            if grouped:
+                try:
+                    return cls(machine.levels(int(grouped[1]), int(grouped[2])), machine.device)
+                except ValueError as error:
+                    raise ValueError(f"topology {text!r}: {error}") from None
             if not re.fullmatch(r"[1-9]\d*", count):
                 raise ValueError(f"topology {text!r}: {count!r} is no number of nodes; valid: {name}:1, {name}:2, ...")
             nodes = int(count)
@@ -273,15 +281,17 @@ class Topology:
         if not found.paired:
             return cls(generic_levels((found.ranks_per_node, found.nodes)), order=found.order)
         levels = (
-            Level("pair", 2, MI250X_NODES.inside[0].bandwidth, MI250X_NODES.inside[0].latency),
-            Level("node", found.ranks_per_node // 2, MI250X_NODES.inside[1].bandwidth, MI250X_NODES.inside[1].latency),
-            Level("cluster", found.nodes, MI250X_NODES.between.bandwidth, MI250X_NODES.between.latency),
+            MI250X_NODES.inside[0],
+            replace(MI250X_NODES.inside[1], size=found.ranks_per_node // 2),
+            MI250X_NODES.levels(found.nodes)[-1],
         )
         return cls(levels, MI250X_NODES.device, found.order)
 
 
 def _valid_texts() -> str:
-    return f"sizes such as 8, 4x2, 2x2x2, or a machine ({', '.join(MACHINES)}), its nodes after a colon"
+    return (
+        f"sizes such as 8, 4x2, 2x2x2, or a machine ({', '.join(MACHINES)}, or its .json file), its nodes after a colon"
+    )
 
 
 def _multiples(step: int, near: int) -> str:

@@ -266,6 +266,7 @@ def _tied(rank: int, folder: str) -> dict[str, Any]:
     return expected
 
 
+@pytest.mark.slow
 def test_a_tied_t5_is_written_once_under_all_its_names(ranks: Any, tmp_path: Path) -> None:
     (expected, *_) = ranks(4).run(_tied, str(tmp_path), timeout=200)
     plain = t5(2)

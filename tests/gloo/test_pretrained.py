@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.patches import replaced
@@ -132,6 +133,7 @@ def _round_trip(rank: int, root: str) -> None:
             assert whole == {}
 
 
+@pytest.mark.slow
 def test_transformers_checkpoints_go_into_shards_and_come_back(ranks: Any, tmp_path: Path) -> None:
     ranks(4).run(_round_trip, str(tmp_path), timeout=200)
 

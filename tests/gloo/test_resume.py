@@ -172,7 +172,7 @@ def halves(folder: str, cases: dict[str, Case], timeout: float) -> None:
         second.close()
 
 
-QUICK = ("between micro-batches", "delta")
+QUICK = ("between micro-batches",)
 
 
 def test_n_and_n_steps_are_2n_and_a_broken_restore_is_not(tmp_path: Path) -> None:

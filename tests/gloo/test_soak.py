@@ -23,6 +23,7 @@ def run(*arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 def test_restarts_end_with_the_bits_of_a_run_without_a_stop(tmp_path: Path) -> None:
     found = run(
         "--restarts",

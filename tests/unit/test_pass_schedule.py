@@ -11,6 +11,7 @@ import pytest
 from support.graphs import Hand, targets, unit
 from torch.fx import Node
 
+from zcompile import times
 from zcompile.passes import LOWERED, schedule
 from zcompile.passes.nodes import COLLECTIVES, WAIT, aten, collective_of
 
@@ -61,6 +62,7 @@ def machine_of(products: float, hops: float) -> Iterator[None]:
     with (
         mock.patch.object(schedule, "node_seconds", node_seconds),
         mock.patch.object(schedule, "hop_seconds", hop_seconds),
+        mock.patch.object(times, "hop_seconds", hop_seconds),
     ):
         yield
 

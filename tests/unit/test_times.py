@@ -7,7 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from zcompile.machines import Device, Level
-from zcompile.times import EFFICIENCY, hop_seconds, node_seconds
+from zcompile.times import EFFICIENCY, Lanes, at, hop_seconds, node_seconds
 
 DEVICE = Device("test", (("float32", 1e9), ("bfloat16", 4e9)), memory=1e9, memory_bandwidth=1e6)
 
@@ -19,6 +19,32 @@ def seconds(function: object, *inputs: torch.Tensor) -> list[float]:
 
 def test_a_hop_is_latency_and_bytes_over_bandwidth() -> None:
     assert hop_seconds(Level("node", 2, 1e6, 1e-3), 5000) == pytest.approx(1e-3 + 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "size", "count"), [("direct", 9, 1), ("ring", 9, 8), ("tree", 9, 4), ("ring", 1, 1), ("tree", 1, 1)]
+)
+def test_a_collective_s_messages_follow_one_another_as_its_level_says(steps: str, size: int, count: int) -> None:
+    level = Level("node", size, 1e6, 1e-3, steps=steps, overhead=5e-3)
+    assert hop_seconds(level, 8000) == pytest.approx(5e-3 + count * 1e-3 + 8e-3)
+
+
+def test_small_messages_reach_a_part_of_the_bandwidth() -> None:
+    curve = ((1e3, 0.2), (1e5, 0.6), (1e6, 1.0))
+    assert [at(curve, x) for x in (1, 1e3, 1e4, 1e5, 1e6, 1e9)] == pytest.approx([0.2, 0.2, 0.4, 0.6, 1.0, 1.0])
+    ring = Level("node", 11, 1e6, 0.0, steps="ring", curve=curve)
+    assert hop_seconds(ring, 10_000) == pytest.approx(10e-3 / 0.2), "ten messages of a thousand bytes"
+
+
+def test_a_lane_is_a_queue_of_work_and_a_shared_link_has_that_of_both() -> None:
+    levels = Level("node", 2, 1000.0, 0.0), Level("cluster", 2, 100.0, 0.0, via=("node",))
+    lanes = Lanes(levels)
+    assert lanes.launch("cluster", 200, 0.0) == (0.0, 2.0)
+    assert lanes.launch("node", 1000, 0.0) == (pytest.approx(0.2), pytest.approx(1.2)), "behind the cluster's 200 bytes"
+    assert lanes.launch("cluster", 10, 0.0) == (2.0, pytest.approx(2.1))
+    apart = Lanes((levels[0], Level("cluster", 2, 100.0, 0.0)))
+    apart.launch("cluster", 200, 0.0)
+    assert apart.launch("node", 1000, 0.0) == (0.0, 1.0)
 
 
 def test_a_product_takes_its_flops_at_the_rate_of_its_dtype() -> None:

@@ -121,7 +121,7 @@ def test_known_machines() -> None:
         assert topology.names == ("node", "cluster") and topology.sizes == (8, 3)
         assert topology.levels[0].bandwidth > topology.levels[1].bandwidth
     assert frontier.device.flops("float32") < frontier.device.flops("bfloat16")
-    with pytest.raises(ValueError, match=r"MI250X GCD.*'float8'.*bfloat16, float32"):
+    with pytest.raises(ValueError, match=r"MI250X GCD.*'float8'.*bfloat16, float16, float32"):
         frontier.device.flops("float8")
 
 
@@ -144,7 +144,10 @@ def test_sizes_as_text_are_named_by_their_number_and_slow_down(text: str, names:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("frontear:2", "unknown topology 'frontear:2'.*frontier, lumi, mi300x, dgx-h100"),
+        (
+            "frontear:2",
+            "unknown topology 'frontear:2'.*frontier, lumi, mi300x, dgx-h100, dgx-h200, dgx-2, or its .json file",
+        ),
         ("2x", "unknown topology '2x'"),
         ("2x0", "size 0"),
         ("2x2x2x2x2", "1 to 4"),

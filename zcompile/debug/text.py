@@ -1,11 +1,10 @@
 """A graph as text, one node a line, in the words of the design: what a dump, a golden test and an error show.
 
-    #  name                    value             what                                                        source
-    7  all_gather_into_tensor  fp32[192]         gather> all_gather pair 384 B fp32 blocks.0.{qkv,proj}.weight  gpt.py:38
-    8  wait_tensor             fp32[192]         gather< pair blocks.0.{qkv,proj}.weight                     gpt.py:38
+    29  up.gather_pair       fp32[256]  = gather> all_gather(up.view_2) over pair: 512 B fp32 of {up,down}.weight    # gpt.py:38
+    30  up.gather_pair_wait  fp32[256]  = gather< pair {up,down}.weight                                              # gpt.py:38
 
-`gather>` launches, `gather<` waits. Bytes are those that one rank receives. Nothing in the text depends on the rank, on the run or
-on addresses: two ranks' texts are equal byte for byte.
+`gather>` launches, `gather<` waits. Bytes are those that one rank receives. Names are those of zcompile.debug.names. Nothing in the
+text depends on the rank, on the run or on addresses: two ranks' texts are equal byte for byte.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
 
 from zcompile import cost
+from zcompile.debug.names import Names, printable
 from zcompile.ops import ACCUMULATE
 from zcompile.passes.nodes import (
     COLLECTIVES,
@@ -44,7 +45,13 @@ DTYPES = {
     "float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16",
     "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8", "uint8": "u8",
 }  # fmt: skip
-_WIDTHS = (26, 16, 76)
+_SHAPES = os.path.join("zcompile", "shapes.py")
+Inputs = dict[str, list[str]]
+"""Of a placeholder: role -> the parameters for which it has it."""
+_ROLES = {"main": "main grad", "feedback reduce": "feedback of the reduce", "feedback sync": "feedback of the sync"}
+INDEX = 5
+"""Digits before each line of a file."""
+_WIDTHS = (36, 14, 96)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _OURS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep)
 
@@ -109,139 +116,173 @@ def source(node: Node) -> str:
     trace = node.meta.get("stack_trace")
     frames = _FRAME.findall(trace) if isinstance(trace, str) else []
     for path, line in reversed(frames):
-        if not os.path.abspath(path).startswith(_OURS):
-            return f"{os.path.basename(path)}:{line}"
+        if is_users(path):
+            return f"{printable(os.path.basename(path))}:{line}"
     return ""
 
 
-def describe_inputs(gm: GraphModule) -> dict[str, str]:
-    """placeholder name -> what it is: by the semantic ops that read it a leaf, a unit's compute copy or a main grad, else an input."""
-    found: dict[str, dict[str, list[str]]] = {}
+@cache
+def is_users(path: str) -> bool:
+    """Whether a file is neither torch's nor ours; the models that have a name are taken for a user's."""
+    return not os.path.abspath(path).startswith(_OURS) or path.endswith(_SHAPES)
+
+
+def describe_inputs(gm: GraphModule) -> dict[str, Inputs]:
+    """placeholder name -> what semantic ops take it for: a leaf, a unit's compute copy, a main grad, a feedback's state; {}: nothing."""
+    plain = (node.name for node in gm.graph.nodes if node.op == "placeholder" and not node.name.startswith("tangents"))
+    found: dict[str, Inputs] = {name: {} for name in plain}
     for node in find(gm.graph, GATHER):
-        name = spec_of(node).name
-        leaf = "token of" if phase_of(node) == ACCUMULATE else "leaf of"
-        errors = [
-            (f"feedback of {t}", a)
-            for t, a in zip(spec_of(node).feedback_widths(), cast(Any, node.args[3]), strict=False)
-        ]
-        for role, argument in (*zip((leaf, "copy of", "main grad of"), node.args[:3], strict=True), *errors):
+        spec = spec_of(node)
+        leaf = "token" if phase_of(node) == ACCUMULATE else "leaf"
+        errors = [(f"feedback {t}", a) for t, a in zip(spec.feedback_widths(), cast(Any, node.args[3]), strict=False)]
+        for role, argument in (*zip((leaf, "copy", "main"), node.args[:3], strict=True), *errors):
             if isinstance(argument, Node):
-                names = found.setdefault(argument.name, {}).setdefault(role, [])
-                if name not in names:
-                    names.append(name)
-    known = {key: "; ".join(f"{role} {fold(names)}" for role, names in roles.items()) for key, roles in found.items()}
-    others = (node.name for node in gm.graph.nodes if node.op == "placeholder" and not node.name.startswith("tangents"))
-    return {name: "input" for name in others} | known
+                names = found[argument.name].setdefault(role, [])
+                if spec.name not in names:
+                    names.append(spec.name)
+    return found
 
 
-def what(node: Node, inputs: Mapping[str, str], stage: str) -> str:
-    """What a node does, in one line; in a joint graph also what the partitioner was told about it.
+def input_name(roles: Inputs) -> str:
+    """What to call such a placeholder: "copy.blocks.0.up.weight"."""
+    role, names = next(iter(roles.items()))
+    return f"{role.replace(' ', '.')}.{printable(names[0])}"
+
+
+class Text:
+    """Lines of one graph.
 
     Args:
-        inputs: what is known of placeholders by name, see `describe_inputs`.
+        names: what to call its nodes.
+        inputs: what is known of placeholders by FX name, see `describe_inputs`.
+        stage: "joint", "forward", "backward" or "inference".
     """
-    if node.op == "placeholder":
+
+    def __init__(self, names: Names, inputs: Mapping[str, Inputs], stage: str) -> None:
+        self.names, self.inputs, self.stage = names, inputs, stage
+
+    def line(self, node: Node) -> str:
+        return _columns((self.names(node), value(node), self.what(node), source(node)))
+
+    def what(self, node: Node) -> str:
+        """What a node does, in one line; in a joint graph also what the partitioner was told about it."""
+        if node.op == "placeholder":
+            return printable(self._input(node))
+        if node.op == "output":
+            return self._returned(node)
+        again = self.stage == "joint" and getattr(node.meta.get("recompute"), "name", "") == "MUST_RECOMPUTE"
+        return printable(self._what(node)) + ("   again in backward" if again else "")
+
+    def _input(self, node: Node) -> str:
         mark = ", may be written before the backward" if node.meta.get("saved_tensor_with_no_vc_check") else ""
-        kind = "gradient of an output" if node.name.startswith("tangents") else "input"
-        return inputs.get(node.name, "saved by the forward" if stage == "backward" and kind == "input" else kind) + mark
-    if node.op == "output":
-        return _returned(node, stage)
-    again = stage == "joint" and getattr(node.meta.get("recompute"), "name", "") == "MUST_RECOMPUTE"
-    return _what(node, inputs) + ("   again in backward" if again else "")
+        if roles := self.inputs.get(node.name):
+            return "; ".join(f"{_ROLES.get(role, role)} of {fold(names)}" for role, names in roles.items()) + mark
+        if node.name.startswith("tangents"):
+            return "gradient of an output" + mark
+        return ("saved by the forward" if self.stage == "backward" and node.name not in self.inputs else "input") + mark
+
+    def _what(self, node: Node) -> str:
+        if node.target in SEMANTIC:
+            return self._semantic(node)
+        if node.target in COLLECTIVES:
+            entry = collective_of(node)
+            sent = f"{entry.op}({self._argument(node.args[0])}) over {entry.level}: {size(entry.bytes)} {wire(entry)}"
+            return f"{entry.transfer}> {sent} of {fold(entry.parameters)}"
+        if node.target is WAIT:
+            origin = cast(Node, node.args[0])
+            if origin.target in COLLECTIVES:
+                entry = collective_of(origin)
+                return f"{entry.transfer}< {entry.level} {fold(entry.parameters)}"
+            return f"wait for {self.names(origin)}"
+        if node.target in QUANTIZERS:
+            return self._quantizer(node)
+        return self._call(node)
+
+    def _quantizer(self, node: Node) -> str:
+        """A kernel around hops: what it reads, and the formats it reads and writes (geometry says nothing that shapes do not)."""
+        name, argument = cast(Any, node.target)._opname, self._argument
+        if node.target is QUANTIZE:
+            return f"quantize({argument(node.args[0])}) to {_code(node.args[2])}"
+        if node.target is DEQUANTIZE:
+            return f"dequantize({argument(node.args[0])}) from {_code(node.args[2])}"
+        if node.target is REQUANTIZE:
+            return f"requantize(sum of {node.args[1]} in {argument(node.args[0])}) from {_code(node.args[3])} to {_code(node.args[4])}"
+        mains = f" onto {argument(node.args[2])}" if node.args[2] else ""
+        return f"{'sum' if name == 'reduce' else name}({node.args[1]} in {argument(node.args[0])}) from {_code(node.args[4])}{mains}"
+
+    def _semantic(self, node: Node) -> str:
+        spec, transfer = spec_of(node), TRANSFER[node.target]
+        hops = []
+        for level, how, kind in cost.transfer_levels(spec, transfer):
+            if amount := cost.hop_bytes(spec.layout, level, how, kind):
+                hops.append(f"{'back ' * (kind == 'back')}{spec.levels[level - 1]} {size(amount)} {how.short}")
+        operand = node.args[1] if node.target is GATHER else node.args[0]
+        phase = f", {phase_of(node)}" if node.target is GATHER else ""
+        message = f"   message {node.meta['zc_bucket']}" if "zc_bucket" in node.meta else ""
+        return f"{transfer}({self._argument(operand)}) of {spec.name}: {', '.join(hops) or 'no hop'}{phase}{message}"
+
+    def _returned(self, node: Node) -> str:
+        values = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+        visible = node.meta.get("user_visible_output_idxs")
+        if self.stage != "forward" or visible is None:
+            return f"return {', '.join(self._argument(v) for v in values)}"
+        shown = [self._argument(v) for i, v in enumerate(values) if i in visible]
+        saved = [self._argument(v) for i, v in enumerate(values) if i not in visible]
+        return f"return {', '.join(shown)}; for backward {', '.join(saved)}"
+
+    def _call(self, node: Node) -> str:
+        name = operator_name(node)
+        if name == "getitem":
+            return f"{self._argument(node.args[0])}[{self._argument(node.args[1])}]"
+        arguments = [self._argument(a) for a in node.args] + [
+            f"{k}={self._argument(v)}" for k, v in node.kwargs.items()
+        ]
+        return f"{name}({', '.join(arguments)})"
+
+    def _argument(self, argument: Any) -> str:
+        if isinstance(argument, Node):
+            return self.names(argument)
+        if isinstance(argument, (list, tuple)):
+            return f"[{', '.join(self._argument(a) for a in argument)}]"
+        if isinstance(argument, torch.dtype):
+            return dtype(argument)
+        if isinstance(argument, float):
+            return f"{argument:g}"
+        text = repr(argument) if isinstance(argument, str) else str(argument)
+        return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _what(node: Node, inputs: Mapping[str, str]) -> str:
-    if node.target in SEMANTIC:
-        return _semantic(node)
-    if node.target in COLLECTIVES:
-        entry = collective_of(node)
-        sent = f"{entry.op} {entry.level} {size(entry.bytes)} {wire(entry)}"
-        return f"{entry.transfer}> {sent} {fold(entry.parameters)}"
-    if node.target is WAIT:
-        origin = node.args[0]
-        if isinstance(origin, Node) and origin.target in COLLECTIVES:
-            entry = collective_of(origin)
-            return f"{entry.transfer}< {entry.level} {fold(entry.parameters)}"
-        return f"wait {inputs.get(origin.name, origin.name) if isinstance(origin, Node) else origin}"
-    if node.target in QUANTIZERS:
-        return _quantizer(node)
-    return _call(node)
-
-
-def _quantizer(node: Node) -> str:
-    """A kernel around hops: what it reads, and the formats it reads and writes (geometry says nothing that shapes do not)."""
-    name = cast(Any, node.target)._opname
-    if node.target is QUANTIZE:
-        return f"quantize {_argument(node.args[0])} to {_code(node.args[2])}"
-    if node.target is DEQUANTIZE:
-        return f"dequantize {_argument(node.args[0])} from {_code(node.args[2])}"
-    if node.target is REQUANTIZE:
-        return f"requantize sum of {node.args[1]} in {_argument(node.args[0])} from {_code(node.args[3])} to {_code(node.args[4])}"
-    mains = f" onto {_argument(node.args[2])}" if node.args[2] else ""
-    return f"{'sum' if name == 'reduce' else name} of {node.args[1]} in {_argument(node.args[0])} from {_code(node.args[4])}{mains}"
+def operator_name(node: Node) -> str:
+    """An ATen operator by its name alone, others with their namespace: "mm", "zcompile_kernels.quantize", "getitem"."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._opname) if target.namespace == "aten" else f"{target.namespace}.{target._opname}"
+    return str(getattr(target, "__name__", target))
 
 
 def _code(text: Any) -> str:
     return WireFormat.parse(str(text)).short if not str(text).startswith("e4m3") else str(text)
 
 
-def _semantic(node: Node) -> str:
-    spec, transfer = spec_of(node), TRANSFER[node.target]
-    hops = []
-    for level, how, kind in cost.transfer_levels(spec, transfer):
-        if amount := cost.hop_bytes(spec.layout, level, how, kind):
-            hops.append(f"{'back ' * (kind == 'back')}{spec.levels[level - 1]} {size(amount)} {how.short}")
-    operand = "" if node.target is GATHER else f" of {_argument(node.args[0])}"
-    phase = f", {phase_of(node)}" if node.target is GATHER else ""
-    message = f"   message {node.meta['zc_bucket']}" if "zc_bucket" in node.meta else ""
-    return f"{transfer} {spec.name}{operand} ({', '.join(hops) or 'no hop'}{phase}){message}"
+def lines(gm: GraphModule, inputs: Mapping[str, Inputs], stage: str, names: Names | None = None) -> list[str]:
+    """One line a node, without its index (so that lines of two passes can be compared); arguments as of `Text`, names new if None."""
+    names = names or Names()
+    names.update(gm)
+    text = Text(names, inputs, stage)
+    return [text.line(node) for node in gm.graph.nodes]
 
 
-def _returned(node: Node, stage: str) -> str:
-    values = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
-    visible = node.meta.get("user_visible_output_idxs")
-    if stage != "forward" or visible is None:
-        return f"return {', '.join(_argument(v) for v in values)}"
-    shown = [_argument(v) for i, v in enumerate(values) if i in visible]
-    saved = [_argument(v) for i, v in enumerate(values) if i not in visible]
-    return f"return {', '.join(shown)}; for backward {', '.join(saved)}"
-
-
-def _call(node: Node) -> str:
-    target: Any = node.target
-    name = getattr(target, "__name__", str(target))
-    if name == "getitem":
-        return f"{_argument(node.args[0])}[{_argument(node.args[1])}]"
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._opname if target.namespace == "aten" else f"{target.namespace}.{target._opname}"
-    arguments = [_argument(a) for a in node.args] + [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
-    return f"{name}({', '.join(arguments)})"
-
-
-def _argument(argument: Any) -> str:
-    if isinstance(argument, Node):
-        return argument.name
-    if isinstance(argument, (list, tuple)):
-        return f"[{', '.join(_argument(a) for a in argument)}]"
-    if isinstance(argument, torch.dtype):
-        return dtype(argument)
-    if isinstance(argument, float):
-        return f"{argument:g}"
-    text = repr(argument) if isinstance(argument, str) else str(argument)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def lines(gm: GraphModule, inputs: Mapping[str, str], stage: str) -> list[str]:
-    """One line a node, without its index (so that lines of two passes can be compared); arguments as of `what`."""
-    return [_columns((node.name, value(node), what(node, inputs, stage), source(node))) for node in gm.graph.nodes]
+def line(name: str, value: str, what: str, source: str) -> str:
+    """The same from what is known of a node."""
+    return _columns((name, value, what, source))
 
 
 def numbered(rows: Sequence[str]) -> list[str]:
-    """`lines` with their indices, under a heading."""
-    heading = f"    #  {_columns(('name', 'value', 'what', 'source'))}"
-    return [heading, *(f"{index:5d}  {row}" for index, row in enumerate(rows))]
+    """`lines` with their indices."""
+    return [f"{index:{INDEX}d}  {row}" for index, row in enumerate(rows)]
 
 
-def _columns(cells: Sequence[str]) -> str:
-    padded = [cell.ljust(width) for cell, width in zip(cells, _WIDTHS, strict=False)]
-    return "  ".join([*padded, cells[-1]]).rstrip()
+def _columns(cells: tuple[str, str, str, str]) -> str:
+    name, value, what, where = cells
+    line = f"{name.ljust(_WIDTHS[0])}  {value.ljust(_WIDTHS[1])}  = {what}"
+    return f"{line.ljust(sum(_WIDTHS) + 6)}  # {where}" if where else line

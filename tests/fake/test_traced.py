@@ -1,0 +1,47 @@
+"""A plan's real graphs on paper beside its skeleton: the same bytes, the same FLOPs, nearly the same time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.spawn import Pool
+
+from zcompile.plan import Plan
+from zcompile.planner.search import Request
+from zcompile.planner.skeleton import Skeleton
+from zcompile.planner.step import of_skeleton, play
+from zcompile.planner.traced import simulate
+from zcompile.planner.workload import of_text
+from zcompile.topology import Topology
+
+
+def both(_: int, plan: Any, k: int) -> tuple[Any, Any]:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    torch._dynamo.reset()
+    topology = Topology.parse("2x2x2")
+    workload = of_text("gpt-4m")
+    skeleton = play(of_skeleton(Skeleton(workload, plan.resolve(topology, "bfloat16"), 2), k), k)
+    real, _ = simulate(workload, plan, 2, topology, Request(micro_batches=k), torch.bfloat16)
+    return tuple((found.received, found.flops, found.seconds, found.bytes, found.memory) for found in (skeleton, real))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("plan", "k"),
+    [
+        (Plan.preset("zero_topo"), 1),
+        pytest.param(Plan.preset("zero_topo", wire="paper"), 3, marks=pytest.mark.slow),
+        pytest.param(Plan.preset("zero3"), 1, marks=pytest.mark.slow),
+    ],
+    ids=["zero_topo", "zero_topo quantised, three micro-batches", "zero3"],
+)
+def test_a_skeleton_is_what_the_compiler_makes(paper: Pool, plan: Plan, k: int) -> None:
+    (skeleton, real), *_ = paper.run(both, plan, k, timeout=400.0)
+    assert skeleton[0] == real[0], "bytes by level and transfer, refreshes included"
+    assert skeleton[1] == real[1]
+    assert skeleton[2] == pytest.approx(real[2], rel=0.15)
+    assert skeleton[4]["weights"] == real[4]["weights"]
+    assert skeleton[3] == pytest.approx(real[3], rel=0.35)

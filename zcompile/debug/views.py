@@ -1,0 +1,103 @@
+"""The views of a dump, beside the text: ledger.txt and ledger.json, trace.json for Perfetto, report.html to look at.
+
+They are written anew after each graph, whole or not at all: a reader never finds half a file. The page needs bokeh (the extra
+`report`); where it is missing, a line says so and the rest is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import importlib.util
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from zcompile.debug import chrome, page, tables
+from zcompile.debug.step import Step
+
+DATA = "dump.json.gz"
+"""What the page is made of, for `zcompile measured`."""
+
+
+class Views:
+    """Of all compilations of one process.
+
+    Args:
+        folder: where they are written.
+        suffix: of the files' names, where the folder holds another job's: ".2".
+    """
+
+    def __init__(self, folder: Path, suffix: str = "") -> None:
+        self.folder, self.suffix = folder, suffix
+        self.steps: dict[int, Step] = {}
+        self._data: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+
+    def update(self, step: Step) -> None:
+        """Write them with this step, as far as it has come."""
+        self.steps[step.number] = step
+        steps = [self.steps[number] for number in sorted(self.steps)]
+        books = [each.as_dict() for each in steps]
+        self._write("ledger.json", json.dumps(books, indent=1))
+        self._write("ledger.txt", tables.as_text(books))
+        self._write("trace.json", json.dumps(chrome.trace(steps)))
+        data = page.step_data(step)
+        self._data[step.number] = (data, [page.graph_data(record) for record in page.records(step)])
+        parts = [self._data[number] for number in sorted(self._data)]
+        whole = ([step for step, _ in parts], [graph for _, graphs in parts for graph in graphs])
+        self._write(DATA, gzip.compress(json.dumps(whole).encode("utf-8", "replace"), 6, mtime=0))
+        if has_bokeh():
+            self._write("report.html", page.render(*whole))
+
+    def path(self, name: str) -> Path:
+        stem, dot, kind = name.partition(".")
+        return self.folder / f"{stem}{self.suffix}{dot}{kind}"
+
+    def _write(self, name: str, content: str | bytes) -> None:
+        write(self.path(name), content)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """A file, whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+        os.replace(part, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def load(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(steps, graphs) of a dump. ValueError where the folder holds none."""
+    path = folder / DATA
+    try:
+        steps, graphs = json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{folder} holds no dump that can be read: {path.name}: {error}") from error
+    return steps, graphs
+
+
+def save_measured(
+    folder: Path, steps: list[dict[str, Any]], graphs: list[dict[str, Any]], found: list[dict[str, Any]]
+) -> None:
+    """measured.json, and the page with the measured spans."""
+    write(folder / "measured.json", json.dumps(found))
+    if has_bokeh():
+        write(folder / "report.html", page.render(steps, graphs))
+
+
+_told = False
+
+
+def has_bokeh() -> bool:
+    """Whether the page can be made; once says what it needs."""
+    global _told
+    found = importlib.util.find_spec("bokeh") is not None
+    if not found and not _told:
+        _told = True
+        warnings.warn("zcompile: no report.html: it needs bokeh (pip install 'zcompile[report]')", stacklevel=6)
+    return found

@@ -1,0 +1,114 @@
+"""The real thing on paper: a plan's graphs, traced, put through every pass and verified in one process, and then simulated."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from zcompile import cost, refresh, times
+from zcompile.api import hierarchical_zero, ledger
+from zcompile.plan import Plan
+from zcompile.planner.search import Request
+from zcompile.planner.step import Result, Step, play
+from zcompile.planner.workload import Workload
+from zcompile.simulator import Refresh
+from zcompile.topology import Topology
+
+
+class GraphError(RuntimeError):
+    """The bytes of the traced graphs are not those of the closed forms."""
+
+
+def simulate(
+    workload: Workload, plan: Plan, overlap: int, topology: Topology, request: Request, compute: torch.dtype
+) -> tuple[Result, dict[str, Any]]:
+    """One step of a plan from the compiler's own graphs. The module of the workload is wrapped, and is no plain module afterwards.
+
+    Returns:
+        the simulated step, and what it took: seconds, peak bytes of this process, nodes and collectives.
+
+    Raises:
+        GraphError: bytes of graphs and closed forms differ. PassError: a pass failed or an invariant does not hold.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("zcompile plan --trace needs a process without a process group: it makes a fake one")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    begin = time.perf_counter()
+    topology = Topology(topology.levels, topology.device)
+    dist.init_process_group("fake", rank=0, world_size=topology.world_size, store=FakeStore())
+    try:
+        wrapped: Any = hierarchical_zero(
+            workload.module,
+            topology=topology,
+            plan=plan,
+            compute_dtype=compute,
+            codegen=False,
+            fullgraph=True,
+            overlap=overlap,
+        )
+        engine = wrapped.zero
+        engine.graphs = []
+        for index in range(min(request.micro_batches, 2)):
+            wrapped.set_requires_gradient_sync(index == min(request.micro_batches, 2) - 1)
+            args, keywords = workload.example()
+            output = wrapped(*args, **keywords)
+            getattr(output, "loss", output).backward()
+        graphs = engine.graphs
+        forwards = [gm for stage, gm in graphs if stage == "forward"]
+        backwards = [gm for stage, gm in graphs if stage == "backward"]
+        if len(forwards) < 1 or len(backwards) < 1:
+            raise GraphError("the model left no forward and backward graph")
+        _check(ledger(wrapped))
+        if not any(times.node_flops(node) for node in backwards[-1].graph.nodes):
+            raise GraphError(
+                "the traced backward computes nothing: an operation of the model (a loss of torch.nn.functional?) has no derivative on the "
+                "meta device; without --trace the model runs on fake CPU tensors, which have"
+            )
+        units = [unit for unit in engine.units if unit.cached and any(slot.master.requires_grad for slot in unit.slots)]
+        several = request.micro_batches > 1
+        copies = {slot.name: int(unit.cached) for unit in engine.units for slot in unit.slots}
+        step = Step(
+            topology,
+            forwards[0].graph,
+            backwards[0].graph if several else None,
+            backwards[-1].graph,
+            [_refresh(unit) for unit in units],
+            cost.state_bytes([slot.spec for slot in engine.slots], copies, several),
+            sum(unit.master.numel() for unit in units),
+        )
+        result = play(step, request.micro_batches, request.noise)
+        nodes = sum(len(gm.graph.nodes) for _, gm in graphs)
+        return result, {
+            "seconds": time.perf_counter() - begin,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "graphs": len(graphs),
+            "nodes": nodes,
+            "collectives": sum(len(program.collectives) for program in engine.programs),
+            "step": result.as_dict(),
+        }
+    finally:
+        dist.destroy_process_group()
+
+
+def _refresh(unit: Any) -> Refresh:
+    first = unit.first
+    hops = tuple(
+        (first.levels[level - 1], received, first.refresh[level - 1])
+        for level, received in refresh.sent(unit, full=False).items()
+    )
+    return Refresh(tuple(slot.name for slot in unit.slots), hops)
+
+
+def _check(found: dict[str, Any]) -> None:
+    """In graphs, bytes are those of the closed forms (on paper, nothing is counted on a wire)."""
+    for level, transfers in found["levels"].items():
+        for transfer, columns in transfers.items():
+            if columns["predicted"] != columns["compiled"]:
+                raise GraphError(
+                    f"{transfer} over {level}: {columns['compiled']} bytes in the graphs, {columns['predicted']} by closed form"
+                )
