@@ -158,6 +158,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan | Auto, 
         raise ValueError(
             f"topology {found.key}: levels beyond the world (`site`) need an outer strategy, which this version has not"
         )
+    options.dumping_ranks(world)
     runtime = Runtime.get(found, timeout=options.timeout, collective_timeout=options.timeout)
     if isinstance(plan, Auto):
         from zcompile.planner.auto import choose

@@ -333,3 +333,27 @@ def test_without_bokeh_the_rest_is_written(tmp_path: Path) -> None:
         "trace.json",
         "dump.json.gz",
     }
+
+
+def gradients(_: int, device: str) -> list[str]:
+    world.world(0, 8)
+    inputs, labels = torch.ones(4, 8, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 5, device=device)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(torch.nn.functional.dropout(self.linear(x), 0.1), labels)
+
+    model = hierarchical_zero(Loss(), topology="2x2x2", codegen=False)
+    model(inputs).backward()
+    lines = zcompile.explain(model).program("backward").splitlines()
+    return [line.split("  ")[0] for line in lines if "reduce>" in line or "mm(" in line or "nll_loss" in line]
+
+
+def test_the_meta_device_has_the_gradients_of_any_other(paper: Pool) -> None:
+    """Composite ops, as the cross entropy, would have none there; torch gives zeros, with a warning."""
+    (meta,), (cpu,) = (paper.run(gradients, device, timeout=TIMEOUT) for device in ("meta", "cpu"))
+    assert meta == cpu and any("nll_loss_backward" in name for name in meta)

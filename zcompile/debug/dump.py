@@ -125,7 +125,7 @@ class Dump:
         try:
             write()
         except Exception as error:
-            self._broken = True
+            self._broken, self.step = True, None
             warnings.warn(
                 f"zcompile: no further dump of graph {self.number} to {self.folder!r}: {type(error).__name__}: {error}",
                 stacklevel=4,

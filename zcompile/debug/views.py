@@ -18,6 +18,8 @@ from typing import Any
 from zcompile.debug import chrome, page, tables
 from zcompile.debug.step import Step
 
+_MOST = 16
+"""Compilations in the views; the text of every one is in its folder."""
 DATA = "dump.json.gz"
 """What the page is made of, for `zcompile measured`."""
 
@@ -36,7 +38,9 @@ class Views:
         self._data: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
 
     def update(self, step: Step) -> None:
-        """Write them with this step, as far as it has come."""
+        """Write them with this step, as far as it has come. Of very many compilations the first are shown: a page has to open."""
+        if len(self.steps) == _MOST and step.number not in self.steps:
+            return
         self.steps[step.number] = step
         steps = [self.steps[number] for number in sorted(self.steps)]
         books = [each.as_dict() for each in steps]

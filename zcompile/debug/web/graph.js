@@ -89,7 +89,6 @@ zc.graph = {
       let module = this.moduleOf[row];
       while (module > 0 && !this.place.has(-module)) module = modules[module].parent;
       found = -module;
-      while (module > 0 && this.isOpen(-module)) module = modules[module].parent; // cannot be: an open module shows its rows
     }
     this.seen.set(row, found);
     return found;
@@ -201,7 +200,7 @@ zc.graph = {
 
   unfoldLevel() {
     const open = this.unfolded[this.stage];
-    const shut = this.boxes.filter((box) => box.item < 0).map((box) => -box.item);
+    const shut = this.boxes.filter((box) => box.item < 0).map((box) => -box.item).filter((module) => this.data.modules[module].path !== "inputs");
     for (const module of shut) open.add(module);
     this.lay(); this.fit();
   },
