@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=3, help="of local: measured steps (default: %(default)s)")
     parser.add_argument("--overlap", type=int, default=0, help="of local: buckets under way (default: %(default)s)")
     parser.add_argument(
-        "--mbit", metavar="NODE,CLUSTER", action="append", help="of local: a regime, in Mbit/s; may be given again (default: 400,100 and 100,25)"
+        "--mbit",
+        metavar="NODE,CLUSTER",
+        action="append",
+        help="of local: a regime, in Mbit/s; may be given again (default: 400,100 and 100,25)",
     )
     parser.add_argument("--native", action="store_true", help="of reach: the best plan has native formats only")
     parser.add_argument(
