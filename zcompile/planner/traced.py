@@ -50,6 +50,7 @@ def simulate(
             codegen=False,
             fullgraph=True,
             overlap=overlap,
+            device="meta" if next(workload.module.parameters()).is_meta else None,
         )
         engine = wrapped.zero
         engine.graphs = []
