@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[Any]
 def steps(rank: int, folders: list[str], spoil: str, config: dict[str, Any]) -> tuple[list[int], list[str], str, Any]:
     """Two steps through Inductor: (identities of the graphs, where the code came from, folder in use at the end, bytes of gathers)."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folders[rank]
+    tempfile.tempdir = str(Path(folders[0]).parent)  # a killed rank cleans up nothing
     entries = [path for path in Path(folders[rank]).rglob("*") if path.is_file()] if rank == 1 and spoil else []
     for path in entries:
         if ("fxgraph" in path.parts) == (spoil == "graphs"):
