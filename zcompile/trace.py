@@ -13,10 +13,10 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from zcompile.api import hierarchical_zero, ledger
 from zcompile.cli import write_json
+from zcompile.debug.paper import world
 from zcompile.plan import Plan
 from zcompile.shapes import SHAPES, Decoder
 from zcompile.topology import Topology
@@ -37,22 +37,17 @@ def trace(
         seconds by stage, peak memory of the process in bytes, and the ledger of the step.
 
     Raises:
-        ValueError: an unknown shape, topology or plan.
+        ValueError: an unknown shape, topology or plan. RuntimeError: this process has a process group already.
     """
     if model not in SHAPES:
         raise ValueError(f"model {model!r}: known shapes are {', '.join(SHAPES)}")
-    if dist.is_initialized():
-        raise RuntimeError("zcompile trace needs a process without a process group: it makes a fake one")
     shape = SHAPES[model]
     length = sequence or shape.sequence
     if length > shape.sequence:
         raise ValueError(f"sequence {length}: {model} has at most {shape.sequence}")
     levels = Topology.parse(topology)
     Plan.parse(plan)
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=levels.world_size, store=FakeStore())
-    try:
+    with world(levels):
         begin = time.perf_counter()
         with torch.device("meta"):
             module = Decoder(shape)
@@ -93,8 +88,6 @@ def trace(
             "graphs": [{"name": p.name, "stage": p.stage, "collectives": len(p.collectives)} for p in programs],
             "ledger": ledger(wrapped),
         }
-    finally:
-        dist.destroy_process_group()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -89,7 +89,7 @@ def command(arguments: argparse.Namespace) -> int:
     found = [step.as_dict() for step in steps]
     if write_json(found, arguments.json):
         return 0
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for each in found:
         console.print(tables.ledger(each, arguments.rows, arguments.sort))
     if arguments.out is not None:

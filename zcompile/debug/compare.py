@@ -266,5 +266,5 @@ def command(arguments: argparse.Namespace) -> int:
         return 2
     equal = not any(each.differing for each in found)
     if not write_json({"equal": equal, "pairs": [each.as_dict() for each in found]}, arguments.json):
-        show(found, Console(highlight=False), arguments.full)
+        show(found, Console(highlight=False, width=None if sys.stdout.isatty() else 160), arguments.full)
     return 0 if equal else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class Row:
         level, wire, bytes: of launches and waits: of the hop. parameters: of all nodes of a transfer.
         inputs: numbers of the rows that it reads.
         partner: of a launch its wait, and the other way round; -1: none.
-        users: of a launch: the nodes that read what the transfer brings.
+        users: of a gather's launch: the nodes that read what it brings; of a reduction's: those that made what it sends.
         source, code: the user's line behind it, "gpt.py:38", and what it says.
     """
 
@@ -106,7 +106,8 @@ def rows(gm: GraphModule, names: Names, inputs: Mapping[str, text.Inputs], stage
             launch = node.args[0]
             if isinstance(launch, Node) and launch.target in TRAFFIC:
                 found[at[node]].partner, found[at[launch]].partner = at[launch], at[node]
-                found[at[launch]].users = [at[user] for user in _users(node)]
+                gathers = found[at[launch]].kind == "gather"
+                found[at[launch]].users = [at[user] for user in (_readers(node) if gathers else _makers(launch))]
     return found
 
 
@@ -137,18 +138,27 @@ def _kind(node: Node) -> str:
     return "quantize" if node.target in QUANTIZERS else "compute"
 
 
-def _users(wait: Node) -> list[Node]:
+def _readers(wait: Node) -> list[Node]:
     """Who reads what a transfer brings: the first nodes behind a wait that are no part of a transfer and no mere view of it."""
+    return _beyond(wait, lambda node: node.users)
+
+
+def _makers(launch: Node) -> list[Node]:
+    """Who made what a transfer sends: the last nodes before it that are no part of a transfer and no mere view."""
+    return [node for node in _beyond(launch, lambda node: node.all_input_nodes) if node.op == "call_function"]
+
+
+def _beyond(start: Node, neighbours: Callable[[Node], Iterable[Node]]) -> list[Node]:
     found: dict[Node, None] = {}
-    seen = {wait}
-    queue = [wait]
+    seen = {start}
+    queue = [start]
     while queue:
-        for user in queue.pop().users:
-            if TRANSFER not in user.meta and user.target not in VIEWS_AND_CASTS:
-                found[user] = None
-            elif user not in seen:
-                seen.add(user)
-                queue.append(user)
+        for node in neighbours(queue.pop()):
+            if TRANSFER not in node.meta and node.target not in VIEWS_AND_CASTS:
+                found[node] = None
+            elif node not in seen:
+                seen.add(node)
+                queue.append(node)
     return list(found)
 
 

@@ -232,7 +232,8 @@ zc.graph = {
     if (!this.data) return;
     const items = this.items(selection), edge = zc.colour("lit"), boxes = [...items].map((item) => this.place.get(item)).filter(Boolean);
     this.source("lit").data = this.quads(boxes, () => null, () => edge);
-    const links = items.size ? this.links.filter(([a, b]) => items.has(a) || items.has(b)).slice(0, 2000) : [];
+    const end = this.data.rows.kind.indexOf("output"); // it reads too much to say anything
+    const links = items.size ? this.links.filter(([a, b]) => (items.has(a) || items.has(b)) && b !== end).slice(0, 2000) : [];
     const accent = zc.colour("accent");
     this.source("lit-edges").data = { ...this.curves(links), color: links.map(() => accent) };
   },

@@ -57,18 +57,19 @@ zc.detail = {
       ["arrives at", zc.seconds(hop.end)], ["waited for", hop.exposed ? zc.seconds(hop.exposed) : "no: hidden"], ["name", hop.name],
     ]), ...why,
     ...this.links("parameters", hop.parameters.map((name) => [name, { parameter: zc.parameterOf.get(name) }])),
-    ...this.links("launch and wait", ends), ...this.links("read by", users), ...this.code(rows, hop.launch));
+    ...this.links("launch and wait", ends), ...this.links(hop.transfer === "gather" ? "read by" : "made by", users), ...this.code(rows, hop.launch));
   },
 
   row(phase, row) {
     const graph = zc.loaded?.[phase], rows = graph?.rows;
     if (!rows || row < 0) return this.put(phase || "step", "");
-    const { spans: all, ofRow, mode } = zc.timeline, spans = (ofRow.get(`${phase} ${row}`) ?? []).map((i) => all.end[i] - all.begin[i]);
-    const hops = (zc.hopsOfUser.get(`${phase} ${row}`) ?? []).map((hop) => [this.hopName(hop), { hop }]);
+    const { spans: times, ofRow, mode } = zc.timeline, spans = (ofRow.get(`${phase} ${row}`) ?? []).map((i) => times.end[i] - times.begin[i]);
+    const all = (zc.hopsOfUser.get(`${phase} ${row}`) ?? []).map((hop) => [this.hopName(hop), { hop }]);
+    const [needs, feeds] = [true, false].map((gather) => all.filter(([, { hop }]) => (zc.step.hops[hop].transfer === "gather") === gather));
     this.put(rows.name[row], `${phase}, line ${row}`, this.facts([
       ["value", rows.value[row]], [mode === "measured" ? "took" : "takes", spans.length ? zc.seconds(spans.reduce((a, b) => a + b)) : ""], ["module", rows.module[row]],
     ]), zc.make("pre", rows.what[row]),
-    ...this.links("waits for", hops),
+    ...this.links("needs", needs), ...this.links("feeds", feeds),
     ...this.links("reads", rows.inputs[row].map((each) => [rows.name[each], { phase, row: each }])),
     ...this.links("parameters", rows.parameters[row].map((name) => [name, { parameter: zc.parameterOf.get(name) }])),
     ...this.code(rows, row));

@@ -19,6 +19,7 @@ zc.timeline = {
     this.document = (Array.isArray(views) ? views[0] : [...views][0]).model.document;
     this.plot = this.document.get_model_by_name("timeline");
     this.memory = this.document.get_model_by_name("memory");
+    this.plot.x_range.properties.start.change.connect(() => this.nameAt());
     this.source = (name) => this.document.get_model_by_name(name);
   },
 
@@ -97,7 +98,15 @@ zc.timeline = {
       left: ends.map((end) => end[0]), right: ends.map((end) => end[1]), top: names.map(() => count + 0.3), bottom: names.map(() => count + 0.02),
       fill: names.map(() => fill), index: names.map((_, i) => i),
     };
+    this.ends = ends;
     this.source("timeline-names").data = { x: ends.map((end) => end[0]), y: names.map(() => count + 0.16), text: names, color: names.map(() => zc.colour("dim")) };
+  },
+
+  // A phase's name stands at its beginning, or where its visible part begins.
+  nameAt() {
+    if (!this.ends) return;
+    const { start } = this.plot.x_range, source = this.source("timeline-names");
+    source.data = { ...source.data, x: this.ends.map(([from, to]) => (to > start ? Math.max(from, start) : from)) };
   },
 
   // What a selection brings to light: its own spans, and those of what it is related to.
