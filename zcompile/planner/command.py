@@ -122,9 +122,8 @@ def command(arguments: argparse.Namespace) -> int:
         done, skeleton = found["traced"], chosen.result
         console.print(
             f"real graphs of {chosen.label}: {done['nodes']:,} nodes, {done['collectives']:,} collectives; through every pass and "
-            f"verified in {done['seconds']:.1f} s, {done['peak_bytes'] / 1e9:.2f} GB of this process; "
-            f"simulated {real.seconds:.4g} s a step, "
-            f"{real.share:.1%} exposed, {real.bytes / 1e9:.1f} GB (skeleton: {skeleton.seconds if skeleton else 0:.4g} s)"
+            f"verified in {done['seconds']:.1f} s, {done['peak_bytes'] / 1e9:.2f} GB of this process; simulated {real.seconds:.4g} s a "
+            f"step, {real.share:.1%} exposed, {real.bytes / 1e9:.1f} GB (skeleton: {skeleton.seconds if skeleton else 0:.4g} s)"
         )
     write_json(found, arguments.json)
     return 0
