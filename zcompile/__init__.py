@@ -9,7 +9,6 @@ from zcompile.api import (
     export,
     feedback_state,
     full_state_dict,
-    hierarchical_zero,
     ledger,
     load,
     load_feedback_state,
@@ -25,6 +24,7 @@ from zcompile.plan import Auto, Plan, Rule
 from zcompile.storage import CheckpointError, latest_checkpoint
 from zcompile.topology import Level, Topology
 from zcompile.wire import WireFormat
+from zcompile.wrap import hierarchical_zero
 
 __all__ = [
     "Auto",

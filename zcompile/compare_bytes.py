@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import nn
 
 from zcompile import compare_report, cost
-from zcompile.api import hierarchical_zero, ledger
+from zcompile.api import ledger
 from zcompile.cli import write_json
 from zcompile.compare_fsdp import attribute, batch, decoder, peer
 from zcompile.compare_report import BASE, PAPER
@@ -35,6 +35,7 @@ from zcompile.shapes import SHAPES, Shape
 from zcompile.topology import Topology
 from zcompile.traffic import COLUMNS
 from zcompile.wire import WireFormat
+from zcompile.wrap import hierarchical_zero
 
 MODELS = ("gpt-21m", "tiny")
 MOST_RANKS = 16

@@ -189,3 +189,15 @@ def _accept_plain(engine: Engine, module: nn.Module, state: dict[str, Any], pref
             and tuple(value.shape) == slot.spec.shape
         ):
             state[prefix + attribute] = wrap_plain(slot, value.detach(), engine.coordinates)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself, without what torch.compile put around it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def engine_of(model: Any, caller: str) -> Engine:
+    inner = unwrapped(model)
+    if not isinstance(inner, Root):
+        raise TypeError(f"zcompile.{caller}: {type(model).__name__} was not wrapped by hierarchical_zero")
+    return inner.zero

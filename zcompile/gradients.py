@@ -121,9 +121,9 @@ def _after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _engine_of(slot: Slot) -> Engine:
-    from zcompile.engine import engine_of
+    from zcompile.engine import engine_of_slot
 
-    return engine_of(slot)
+    return engine_of_slot(slot)
 
 
 def _agreed(engine: Engine, slots: Sequence[Slot]) -> bool:

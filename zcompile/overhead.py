@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from zcompile.api import hierarchical_zero
 from zcompile.cli import write_json
 from zcompile.shapes import Decoder, Shape
+from zcompile.wrap import hierarchical_zero
 
 
 def measure(hidden: int = 512, layers: int = 4, batch: int = 4, sequence: int = 128, steps: int = 20, device: str = "cpu",

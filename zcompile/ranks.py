@@ -130,7 +130,7 @@ class Pool:
         # But they ask whether there is a GPU, and where there is one torch refuses to use it in a fork of a process that has asked.
         context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         if context.get_start_method() == "forkserver":
-            context.set_forkserver_preload(["torch.distributed.tensor", "torch._inductor.compile_fx", "zcompile.api"])
+            context.set_forkserver_preload(["torch.distributed.tensor", "torch._inductor.compile_fx", "zcompile"])
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world):
             ours, theirs = context.Pipe()

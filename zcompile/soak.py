@@ -42,7 +42,8 @@ TAIL = 2000
 
 def job(rank: int, folder: str, topology: str, plan: str, steps: int, compiled: bool, save: bool) -> dict[str, Any]:
     """One start: the last checkpoint, `steps` steps, a checkpoint. What rank 0 says of it is the same on all ranks."""
-    from zcompile.api import full_state_dict, hierarchical_zero
+    from zcompile.api import full_state_dict
+    from zcompile.wrap import hierarchical_zero
 
     torch.manual_seed(0)
     model: Any = hierarchical_zero(Decoder(SHAPES["tiny"]), topology=topology, plan=plan, compile=compiled)

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from zcompile.api import hierarchical_zero, ledger
+from zcompile.api import ledger
 from zcompile.cli import write_json
 from zcompile.debug.paper import world
 from zcompile.plan import Plan
 from zcompile.shapes import SHAPES, Decoder
 from zcompile.topology import Topology
+from zcompile.wrap import hierarchical_zero
 
 
 def trace(

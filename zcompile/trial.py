@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from zcompile.api import full_state_dict, hierarchical_zero, ledger
+from zcompile.api import full_state_dict, ledger
 from zcompile.plan import Plan, ResolvedPlan
 from zcompile.reference import MakeOptimizer, Reference
 from zcompile.topology import Topology
+from zcompile.wrap import hierarchical_zero
 
 VOCABULARY, HIDDEN = 37, 10
 

@@ -174,7 +174,7 @@ def ours(
     embeddings: bool = False,
 ) -> Trainer:
     """zcompile with a plan; embeddings: they too travel in int8 and int4."""
-    from zcompile.api import hierarchical_zero
+    from zcompile.wrap import hierarchical_zero
 
     if embeddings:
         named = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from zcompile import api
+from zcompile import wrap
 from zcompile.bench.systems import load
 from zcompile.plan import Plan
 from zcompile.topology import Topology
@@ -95,7 +95,7 @@ def dump(model: nn.Module, inputs: Any, topology: Topology, plan: Plan | str, ra
     meta = any(p.is_meta for p in model.parameters())  # stays there: nothing is computed on paper
     defaults = {"codegen": False, "fullgraph": False, **({"device": "meta"} if meta else {})}
     with world(topology, rank):
-        wrapped = api.hierarchical_zero(model, topology=topology, plan=plan, **{**defaults, **settings})
+        wrapped = wrap.hierarchical_zero(model, topology=topology, plan=plan, **{**defaults, **settings})
         step(wrapped, inputs, micro_batches, backward)
         return wrapped
 
@@ -119,7 +119,7 @@ def script(path: Path, arguments: Sequence[str], topology: Topology, rank: int, 
         "RANK": str(rank), "WORLD_SIZE": str(topology.world_size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
     }  # fmt: skip
-    with world(topology, rank), api.replacing({**settings, "topology": topology}), contextlib.ExitStack() as stack:
+    with world(topology, rank), wrap.replacing({**settings, "topology": topology}), contextlib.ExitStack() as stack:
         before = {name: os.environ.get(name) for name in environment}
         stack.callback(_restore_environment, before)
         os.environ.update(environment)

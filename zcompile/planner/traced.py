@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 
 from zcompile import cost, refresh, times
-from zcompile.api import hierarchical_zero, ledger
+from zcompile.api import ledger
 from zcompile.plan import Plan
 from zcompile.planner.search import Request
 from zcompile.planner.step import Result, Step, play
 from zcompile.planner.workload import Workload
 from zcompile.simulator import Refresh
 from zcompile.topology import Topology
+from zcompile.wrap import hierarchical_zero
 
 
 class GraphError(RuntimeError):
