@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from zcompile.cli import write_json
-from zcompile.plan import ALLOWED, Plan
+from zcompile.plan import ALLOWED, PRESETS, Plan
 from zcompile.planner import plots, report
 from zcompile.planner.search import PAPER, NothingFits, Request, search
 from zcompile.planner.skeleton import Skeleton
@@ -20,6 +20,7 @@ from zcompile.shapes import SHAPES
 from zcompile.simulator import Noise
 from zcompile.topology import Topology
 
+_ALIASES = {"fsdp": "zero3", "mics": "hsdp"}
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -52,10 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--straggler", type=float, default=1.0, help="factor on the times of one slow rank")
     parser.add_argument("--explain", action="store_true", help="the formulas, and their numbers for the best plan")
     parser.add_argument(
-        "--trace",
-        action="store_true",
-        help="put the best plan's real graphs through every pass, verify and simulate them",
-    )
+        "--trace", nargs="?", const="best", choices=("best", *PRESETS), metavar="PRESET",
+        help="put the graphs of the best plan, or of a preset with native formats, through every pass, verify and simulate them",
+    )  # fmt: skip
     parser.add_argument(
         "--plot", metavar="FOLDER", help="draw scaling, levels and memory there, as PNG and SVG; needs matplotlib"
     )
@@ -111,18 +111,19 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.trace:
         from zcompile.planner.traced import simulate
 
+        chosen = (
+            answer.best if arguments.trace == "best" else answer.presets[_ALIASES.get(arguments.trace, arguments.trace)]
+        )
         try:
-            real, found["traced"] = simulate(
-                workload, answer.best.plan, answer.best.overlap, topology, request, compute
-            )
+            real, found["traced"] = simulate(workload, chosen.plan, chosen.overlap, topology, request, compute)
         except RuntimeError as error:
             print(f"zcompile plan: --trace: {error}", file=sys.stderr)
             return 1
-        done, skeleton = found["traced"], answer.best.result
+        done, skeleton = found["traced"], chosen.result
         console.print(
-            f"real graphs: {done['nodes']:,} nodes and {done['collectives']:,} collectives through every pass and verified in "
-            f"{done['seconds']:.1f} s, {done['peak_bytes'] / 1e9:.2f} GB of this process; simulated {real.seconds:.4g} s a step, "
-            f"{real.share:.1%} exposed, {real.bytes / 1e9:.1f} GB (skeleton: {skeleton.seconds if skeleton else 0:.4g} s)"
+            f"real graphs of {chosen.label}: {done['nodes']:,} nodes, {done['collectives']:,} collectives; through every pass and "
+            f"verified in {done['seconds']:.1f} s, {done['peak_bytes'] / 1e9:.2f} GB of this process; simulated {real.seconds:.4g} s a "
+            f"step, {real.share:.1%} exposed, {real.bytes / 1e9:.1f} GB (skeleton: {skeleton.seconds if skeleton else 0:.4g} s)"
         )
     write_json(found, arguments.json)
     return 0

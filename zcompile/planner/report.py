@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zcompile import cost
-from zcompile.planner.search import Answer, Candidate, Estimator, Request
+from zcompile.planner.search import Answer, Candidate, Estimator, Request, formats_of
 from zcompile.planner.workload import Workload
 from zcompile.timeline import OWNERS
 from zcompile.times import at, hop_seconds, steps
@@ -56,16 +56,10 @@ def show(
 def code(candidate: Candidate) -> str:
     """The plan as an argument of hierarchical_zero."""
     plan = candidate.plan
-    extra = "".join(f", {transfer}={wire!r}" for transfer, wire in formats_for_code(candidate).items())
+    extra = "".join(f", {transfer}={wire!r}" for transfer, wire in formats_of(plan).items())
     bucket = f", bucket_bytes={plan.bucket_bytes}" if plan.bucket_bytes != type(plan)().bucket_bytes else ""
     places = f"{plan.weights!r}, {plan.gradients!r}, {plan.optimizer!r}"
     return f"plan=Plan({places}{extra}{bucket}), overlap={candidate.overlap}"
-
-
-def formats_for_code(candidate: Candidate) -> dict[str, str]:
-    from zcompile.planner.search import formats_of
-
-    return formats_of(candidate.plan)
 
 
 def _table(console: Console, title: str, levels: list[str], rows: Iterable[tuple[str, Candidate]]) -> None:
