@@ -20,7 +20,7 @@ from support.spawn import Pool
 from torch import nn
 
 import zcompile
-from zcompile import hierarchical_zero, ledger
+from zcompile import Plan, Rule, hierarchical_zero, ledger
 from zcompile.cli import main
 from zcompile.debug import compare, dump, page, views
 
@@ -221,6 +221,54 @@ def test_numbers_of_every_view_are_the_ledgers(paper: Pool) -> None:
     assert sum(row["exposed"] for row in step["levels"]) == pytest.approx(step["exposed"])
     assert sum(row["exposed"] for row in step["parameters"]) == pytest.approx(step["exposed"])
     assert step["computing"] + step["exposed"] == pytest.approx(step["seconds"])
+
+
+PLANS: dict[str, Any] = {
+    "ddp": "ddp",
+    "zeropp": "zeropp",
+    "quantised": Plan.preset("zero_topo", gather="int8/32", reduce="int4/32"),
+    "error feedback": Plan.preset("zero_topo", reduce="int4/32", error_feedback=0.5),
+    "peer gather": Plan.preset("zero_topo", peer_gather=True),
+    "narrower than the world": Plan("pair", "node", "node"),
+    "small parameters whole": Plan(rules=(Rule("*", max_elements=8, weights="whole", gradients="whole"),)),
+}
+
+
+def of_every_plan(_: int, folder: str) -> dict[str, list[Any]]:
+    """plan -> (level, transfer, bytes of the parameters' shares, of the level's row, of the ledger) where they are not all equal."""
+    wrong: dict[str, list[Any]] = {}
+    for name, plan in PLANS.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="zcompile")
+            model = world.wrapped(plan=plan, width=16, overlap=1, dump=f"{folder}/{name}")
+            world.step(model)
+        (step,), books = zcompile.explain(model).ledger(), ledger(model)["levels"]
+        shares: dict[tuple[str, str], int] = {}
+        for row in step["parameters"]:
+            for transfer, by in row["bytes"].items():
+                for level, amount in by.items():
+                    key = (level, transfer.split()[0])
+                    shares[key] = shares.get(key, 0) + amount
+        found = [
+            (
+                row["level"],
+                transfer,
+                shares.get((row["level"], transfer), 0),
+                amount,
+                books[row["level"]][transfer]["counted"],
+            )
+            for row in step["levels"]
+            for transfer, amount in row["bytes"].items()
+        ]
+        wrong[name] = [each for each in found if len(set(each[2:])) > 1]
+    return wrong
+
+
+@pytest.mark.slow
+def test_every_kind_of_plan_has_its_dump_with_the_ledgers_numbers(paper: Pool, tmp_path: Path) -> None:
+    (wrong,) = paper.run(of_every_plan, str(tmp_path), timeout=600)
+    assert wrong == {name: [] for name in PLANS}
+    assert all((tmp_path / name / "report.html").exists() for name in PLANS)
 
 
 def nothing_gathered(_: int, folder: str) -> None:

@@ -136,3 +136,10 @@ def test_a_devices_kernel_is_the_time_of_its_hop() -> None:
     found = measured.match(events, step, {"inference": {"rows": rows}})
     at = found.spans["lane"].index("pair")
     assert (found.spans["begin"][at], found.spans["end"][at], found.matched) == (0.25, 0.9, 3)
+
+
+def test_operations_are_matched_in_order_and_not_far_ahead() -> None:
+    assert measured._in_order(["a", "b", "b", "c"], ["a", "x", "b", "c"]) == [(0, 0), (1, 2), (3, 3)]
+    assert measured._in_order(["b", "a"], ["a", *["x"] * 200, "b", "a"]) == [(1, 0)], (
+        "else one stray name would lose all that follow"
+    )

@@ -14,7 +14,7 @@ Refreshes are launched and waited for outside of graphs: by level and order, whe
 from __future__ import annotations
 
 import argparse
-import difflib
+import bisect
 import gzip
 import json
 import re
@@ -39,6 +39,8 @@ _NO_THREADS = (
     "no hop of a refresh is in the trace: they run on threads of their own, which torch.profiler records with "
     "experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True)"
 )
+_AHEAD = 50
+"""Calls that may be passed over to find one."""
 LITTLE = 0.5
 """A smaller part that was matched is said loudly."""
 
@@ -191,7 +193,7 @@ class _Match:
         ]
         self.found.time += run.end - run.begin
         self._hops(stage, rows, hops, calls)
-        self._operations(stage, rows, [event for event in inside if event not in set(calls)])
+        self._operations(stage, rows, [event for event in inside if not COLLECTIVE.match(event.name)])
 
     def _hops(self, stage: str, rows: Mapping[str, Any], hops: list[int], calls: list[Event]) -> None:
         self.found.nodes += len(hops)
@@ -225,8 +227,7 @@ class _Match:
         names = [rows["operation"][row].rpartition(".")[2] for row in nodes]
         called = [event.name.rpartition("::")[2] for event in events]
         self.found.nodes += len(nodes)
-        blocks = difflib.SequenceMatcher(None, names, called, autojunk=False).get_matching_blocks()
-        pairs = [(nodes[block.a + i], events[block.b + i]) for block in blocks for i in range(block.size)]
+        pairs = [(nodes[i], events[j]) for i, j in _in_order(names, called)]
         self.found.matched += len(pairs)
         taken = {id(event) for _, event in pairs}
         for row, event in pairs:
@@ -311,6 +312,21 @@ class _Match:
         )  # fmt: skip
         for column, value in zip(self.found.spans.values(), values, strict=True):
             column.append(value)
+
+
+def _in_order(names: Sequence[str], called: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of equal names, in order: each takes the next call of its name, unless that is far ahead of where the others are."""
+    places: dict[str, list[int]] = {}
+    for number, name in enumerate(called):
+        places.setdefault(name, []).append(number)
+    found, at = [], 0
+    for number, name in enumerate(names):
+        own = places.get(name, [])
+        next_ = bisect.bisect_left(own, at)
+        if next_ < len(own) and own[next_] - at <= _AHEAD:
+            found.append((number, own[next_]))
+            at = own[next_] + 1
+    return found
 
 
 def _outermost(events: Iterable[Event]) -> list[Event]:
