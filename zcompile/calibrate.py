@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -243,6 +244,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(arguments: argparse.Namespace) -> int:
     """0: written; 1: a rank failed; 2: bad arguments."""
     errors = Console(stderr=True, soft_wrap=True)
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # ended from outside, it takes its ranks and its network down
     try:
         topology, mbit = Topology.parse(arguments.topology), rates(arguments.mbit)
         if mbit and len(topology.sizes) != 3:

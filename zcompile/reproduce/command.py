@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(arguments: argparse.Namespace) -> int:
     """0: every criterion is held; 1: one is missed, or a run failed; 2: bad arguments."""
     errors = Console(stderr=True, soft_wrap=True)
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # ended from outside, it takes its ranks and its network down
     try:
         if arguments.model and arguments.model not in SHAPES:
             raise ValueError(f"--model {arguments.model!r}: valid: {', '.join(SHAPES)}")
