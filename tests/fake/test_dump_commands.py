@@ -395,7 +395,7 @@ def gradients(_: int, device: str) -> list[str]:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.cross_entropy(torch.nn.functional.dropout(self.linear(x), 0.1), labels)
 
-    model = hierarchical_zero(Loss(), topology="2x2x2", codegen=False)
+    model = hierarchical_zero(Loss(), topology="2x2x2", codegen=False, device="meta" if device == "meta" else None)
     model(inputs).backward()
     lines = zcompile.explain(model).program("backward").splitlines()
     return [line.split("  ")[0] for line in lines if "reduce>" in line or "mm(" in line or "nll_loss" in line]
