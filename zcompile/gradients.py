@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from zcompile.params import Slot
-from zcompile.writes import SKIPPING, unit_of
+from zcompile.writes import SKIPPING, slot_of
 
 if TYPE_CHECKING:
     from zcompile.engine import Engine
@@ -103,9 +103,8 @@ def _look(optimizer: torch.optim.Optimizer) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     engines: dict[Engine, list[Slot]] = {}
     for parameter in parameters:
-        unit = unit_of(parameter)
-        if unit is not None:
-            slot = next(slot for slot in unit.slots if slot.master is parameter)
+        slot = slot_of(parameter)
+        if slot is not None:
             engines.setdefault(_engine_of(slot), []).append(slot)
     looking = [engine for engine in engines if engine.options.nonfinite != "ignore"]
     if any([_agreed(engine, engines[engine]) for engine in looking]):  # a list: every engine's ranks are asked

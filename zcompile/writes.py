@@ -15,8 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from zcompile.params import Slot, Unit
 
-_UNITS: Any = WeakTensorKeyDictionary()
-"""master -> its unit; beside the parameters and not on them, so that these can be pickled."""
+_SLOTS: Any = WeakTensorKeyDictionary()
+"""master -> its slot; beside the parameters and not on them, so that these can be pickled."""
 SKIPPING: Any = weakref.WeakKeyDictionary()
 """Optimizer -> the gradients that were taken from it for the time of a step that is to change nothing: zcompile.gradients."""
 _hook: Any = None
@@ -26,7 +26,7 @@ def watch(slots: list[Slot]) -> None:
     """From now on a step of any optimizer over these masters counts as a write to their units."""
     global _hook
     for slot in slots:
-        _UNITS[slot.master] = weakref.ref(slot.unit)
+        _SLOTS[slot.master] = weakref.ref(slot)
     if _hook is None:
         _hook = (register_optimizer_step_pre_hook(_stepping), register_optimizer_step_post_hook(_stepped))
 
@@ -49,7 +49,13 @@ def _units(optimizer: torch.optim.Optimizer) -> set[Unit]:
     return {unit for unit in found if unit is not None}
 
 
+def slot_of(parameter: torch.Tensor) -> Slot | None:
+    """The slot whose master this is; None for any other tensor."""
+    reference = _SLOTS.get(parameter)
+    return None if reference is None else reference()
+
+
 def unit_of(parameter: torch.Tensor) -> Unit | None:
     """The unit that holds this master; None for any other tensor."""
-    reference = _UNITS.get(parameter)
-    return None if reference is None else reference()
+    slot = slot_of(parameter)
+    return None if slot is None else slot.unit
