@@ -64,8 +64,12 @@ def whole(slot: Slot, call: Any) -> Tensor:
     if needs_wait(spec):
         copy = torch.ops._c10d_functional.wait_tensor(copy)
     call.engine.traffic.op("gather", spec)
-    with about(Parameters((slot.name,), slot.source, "eager code")):
-        out = transfers.gather(copy, [spec])[0]
+    try:
+        with about(Parameters((slot.name,), slot.source, "eager code")):
+            out = transfers.gather(copy, [spec])[0]
+    except Exception as error:  # in a backward nobody else sees what broke it off
+        call.engine.runtime.watch.broke_off(error)
+        raise
     storage = out.untyped_storage()
     if storage._cdata != copy.untyped_storage()._cdata:
         call.wholes[storage._cdata] = (StorageWeakRef(storage), slot)

@@ -69,7 +69,11 @@ class Program:
             engine.reads.compiled |= self.reads
         engine.running = self
         spans = record_function(f"zc {self.name}") if profiling() else contextlib.nullcontext()
-        with about(Listed(self.name, self.collectives)), spans:
-            out = self._code(inputs)
+        try:
+            with about(Listed(self.name, self.collectives)), spans:
+                out = self._code(inputs)
+        except Exception as error:  # of a backward nobody else hears
+            engine.runtime.watch.broke_off(error)
+            raise
         engine.running = None  # and not after an error: what ran is asked for then
         return out
