@@ -142,7 +142,9 @@ def whole_call(model: nn.Module) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return nn.Module.__call__(model, *args, **kwargs)
 
-    return types.FunctionType(call.__code__.replace(), call.__globals__, "call", call.__defaults__, call.__closure__)
+    # Which sizes have changed, and are dynamic from then on, Dynamo remembers by the code's file, line and name.
+    code = call.__code__.replace(co_name=f"call_{engine_of(model, 'whole_call').key}")
+    return types.FunctionType(code, call.__globals__, code.co_name, call.__defaults__, call.__closure__)
 
 
 @torch.compiler.disable

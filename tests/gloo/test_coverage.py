@@ -119,3 +119,23 @@ def strict(rank: int, name: str, compiled: bool) -> str:
 def test_strict(ranks: Any, name: str, compiled: bool, said: str) -> None:
     for message in ranks(2).run(strict, name, compiled):
         assert (said in message and "strict=True" in message and __file__ in message) if said else message == ""
+
+
+def symbols(rank: int) -> list[int]:
+    """Sizes that are symbols in the first graph of each of two models, after the first one has seen two shapes."""
+    found = []
+    for rows in ((4, 6), (8,)):
+        model: Any = hierarchical_zero(Whole(), topology="2", plan="zero3", codegen=False, sync_init=True)
+        model.zero.graphs = []
+        for count in rows:
+            model(torch.ones(count, 6)).sum().backward()
+        inputs = [node.meta["val"] for node in model.zero.graphs[0][1].graph.nodes if node.op == "placeholder"]
+        dynamic = [
+            x for x in inputs if isinstance(x, torch.SymInt) or any(isinstance(n, torch.SymInt) for n in x.shape)
+        ]
+        found.append(len(dynamic))
+    return found
+
+
+def test_a_model_does_not_begin_with_the_changed_shapes_of_another(ranks: Any) -> None:
+    assert ranks(2).run(symbols) == [[0, 0]] * 2
