@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import platform
-import signal
 import sys
 import tempfile
 import time
@@ -29,7 +28,7 @@ from rich.table import Table
 
 from zcompile.bench import network
 from zcompile.bench.command import launched, rates
-from zcompile.cli import write_json
+from zcompile.cli import exit_on_sigterm, write_json
 from zcompile.layout import role_name
 from zcompile.topology import Topology
 
@@ -244,9 +243,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(arguments: argparse.Namespace) -> int:
     """0: written; 1: a rank failed; 2: bad arguments."""
     errors = Console(stderr=True, soft_wrap=True)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # ended from outside, it takes its ranks and its network down
+    exit_on_sigterm()
     try:
         topology, mbit = Topology.parse(arguments.topology), rates(arguments.mbit)
         if mbit and len(topology.sizes) != 3:

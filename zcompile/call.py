@@ -18,8 +18,7 @@ from torch import Tensor
 from zcompile import transfers
 from zcompile._torch_compat import wrap_local
 from zcompile.agreement import pack_flags, set_anywhere
-from zcompile.eager import flush
-from zcompile.faults.sites import Parameters, about
+from zcompile.eager import flush, transferring
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, SYNC, compensated
 from zcompile.params import MASTER, Slot
 
@@ -146,7 +145,7 @@ class Call:
         total = main.clone()
         main.zero_()
         self.engine.traffic.op("sync", slot.spec)
-        with about(Parameters((slot.name,), slot.source, "a backward")):
+        with transferring(self, slot, "a backward"):
             return transfers.sync(compensated(total, slot.errors, slot.spec, "sync"), [slot.spec]).reshape(-1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,11 @@ def write_json(result: Any, target: str | None) -> bool:
     else:
         Path(target).write_text(text)
     return True
+
+
+def exit_on_sigterm() -> None:
+    """A command that is ended from outside still takes down what it has started: its ranks, its network."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,20 +6,12 @@ break. So each forward notes which parameters compiled graphs gathered and which
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 if TYPE_CHECKING:
     from zcompile.engine import Engine
-
-_NOT_USERS = (str(Path(__file__).parent) + os.sep, str(Path(torch.__file__).parent) + os.sep)
-"""Folders of code that reads weights for somebody else."""
 
 
 @dataclass
@@ -28,14 +20,6 @@ class Reads:
 
     compiled: set[str] = field(default_factory=set)
     eager: dict[str, str] = field(default_factory=dict)
-
-
-def line_of_user() -> str:
-    """file:line of the innermost frame that is neither ours nor torch's."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(_NOT_USERS):
-        frame = frame.f_back  # type: ignore[assignment]
-    return "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def break_of(gm: Any) -> dict[str, str] | None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from zcompile import transfers
-from zcompile.covered import line_of_user
-from zcompile.faults.sites import Parameters, about
+from zcompile.faults.sites import Parameters, about, users_place
 from zcompile.ops import ACCUMULATE, compensated, finish, needs_wait, watch
 from zcompile.params import Slot
 
@@ -57,6 +58,18 @@ class Gather(torch.autograd.Function):
         return (_settle(ctx.call, reads) if reads.open == 0 else None), None, None, None
 
 
+@contextlib.contextmanager
+def transferring(call: Any, slot: Slot, stage: str) -> Iterator[None]:
+    """Around transfers of one parameter: collectives know whose they are, and an error is remembered that breaks them off; of one in a
+    backward nobody else hears."""
+    try:
+        with about(Parameters((slot.name,), slot.source, stage)):
+            yield
+    except Exception as error:
+        call.engine.runtime.broke_off(error)
+        raise
+
+
 @torch.compiler.disable  # see Note [Frames that Dynamo gives up]
 def whole(slot: Slot, call: Any) -> Tensor:
     """The whole parameter in its compute dtype: gathers from the unit's copy."""
@@ -64,13 +77,8 @@ def whole(slot: Slot, call: Any) -> Tensor:
     if needs_wait(spec):
         copy = torch.ops._c10d_functional.wait_tensor(copy)
     call.engine.traffic.op("gather", spec)
-    try:
-        with about(Parameters((slot.name,), slot.source, "eager code")):
-            out = transfers.gather(copy, [spec])[0]
-    except Exception as error:  # in a backward nobody else sees what broke it off
-        if call.engine.runtime.watch is not None:
-            call.engine.runtime.watch.broke_off(error)
-        raise
+    with transferring(call, slot, "eager code"):
+        out = transfers.gather(copy, [spec])[0]
     storage = out.untyped_storage()
     if storage._cdata != copy.untyped_storage()._cdata:
         call.wholes[storage._cdata] = (StorageWeakRef(storage), slot)
@@ -86,7 +94,7 @@ def read(slot: Slot) -> Tensor:
     assert engine is not None and engine.call is not None
     call = engine.call
     if slot.name not in engine.reads.eager:
-        engine.reads.eager[slot.name] = line_of_user()
+        engine.reads.eager[slot.name] = users_place(traceback.walk_stack(sys._getframe()))
     slot.source = slot.source or os.path.basename(engine.reads.eager[slot.name])
     leaf = slot.token if call.phase == ACCUMULATE else slot.leaf
     assert leaf is not None
@@ -122,7 +130,7 @@ def _settle(call: Any, reads: _Reads) -> Tensor | None:
     reads.total, reads.open = None, reads.count
     spec, traffic = slot.spec, call.engine.traffic
     traffic.op("reduce", spec)
-    with about(Parameters((slot.name,), slot.source, "a backward")):
+    with transferring(call, slot, "a backward"):
         reduced = transfers.reduce([compensated(grad, slot.errors, spec, "reduce")], [spec])
         if call.phase != ACCUMULATE:
             traffic.op("sync", spec)

@@ -211,8 +211,7 @@ class Engine:
 
     def broke_off(self, before: _Before, error: BaseException) -> None:
         """After a forward that raised `error`."""
-        if self.runtime.watch is not None:
-            self.runtime.watch.broke_off(error)
+        self.runtime.broke_off(error)
         self.abandon(before)
 
     def _phase(self) -> str:
@@ -270,7 +269,7 @@ class Engine:
         if not self.options.checks:
             return
         for unit in self.units:
-            now = unit.master.view(torch.int32).sum(dtype=torch.int64)
+            now = checksum(unit.master)
             if (
                 not unit.stale
                 and unit.cached

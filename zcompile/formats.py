@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from zcompile import cost
-from zcompile.params import MASTER, Slot
+from zcompile.params import MASTER, Slot, local_of
 from zcompile.wire import COMPUTE_FORMATS, WireFormat
 
 if TYPE_CHECKING:
@@ -42,12 +41,12 @@ def report(engine: Engine, optimizer: torch.optim.Optimizer | None) -> dict[str,
     rows["main gradients"] = _count((slot, _format(MASTER)) for slot in training)
     given = [(slot, slot.master.grad) for slot in training if slot.master.grad is not None]
     if given:
-        rows["gradients for the optimizer"] = _count((slot, _format(_local(grad).dtype)) for slot, grad in given)
+        rows["gradients for the optimizer"] = _count((slot, _format(local_of(grad).dtype)) for slot, grad in given)
     for slot in training if optimizer is not None else ():
         for name, value in optimizer.state.get(slot.master, {}).items():  # type: ignore[union-attr]
             if isinstance(value, Tensor) and value.dim():
                 held = rows.setdefault(f"optimizer's {name}", {})
-                kind = _format(_local(value).dtype)
+                kind = _format(local_of(value).dtype)
                 held[kind] = held.get(kind, 0) + slot.spec.layout.numel
     return rows
 
@@ -67,7 +66,3 @@ def _stored(slot: Slot) -> str:
 
 def _format(dtype: torch.dtype) -> str:
     return WireFormat.parse(COMPUTE_FORMATS[str(dtype).removeprefix("torch.")]).short
-
-
-def _local(value: Any) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from zcompile.params import Slot
+from zcompile.params import Slot, local_of
 from zcompile.writes import SKIPPING, slot_of
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def clip_grad_norm_(engine: Engine, max_norm: float, norm_type: float, error_if_
             raise ValueError(f"clip_grad_norm_: {name}={value!r}; must be a positive number (inf is one)")
     order = float(norm_type)
     slots = [slot for slot in engine.slots if slot.master.grad is not None]
-    local = [_local(slot) for slot in slots]
+    local = [local_of(slot.master.grad) for slot in slots]
     norms = torch._foreach_norm([g for g in local if g.numel()], order, dtype=torch.float64)
     own = torch.stack(norms).tolist() if norms else []
     if math.isinf(order):
@@ -55,11 +54,6 @@ def clip_grad_norm_(engine: Engine, max_norm: float, norm_type: float, error_if_
     if total > max_norm:
         torch._foreach_mul_(local, max_norm / (total + 1e-6))
     return total
-
-
-def _local(slot: Slot) -> Tensor:
-    grad: Any = slot.master.grad
-    return grad.to_local() if isinstance(grad, DTensor) else grad  # type: ignore[no-any-return]
 
 
 def _to_word(value: float) -> int:
@@ -170,7 +164,7 @@ def _agreed(engine: Engine, slots: Sequence[Slot]) -> bool:
 
 
 def _not_finite(slots: Sequence[Slot]) -> list[Slot]:
-    held = [(slot, _local(slot)) for slot in slots]
+    held = [(slot, local_of(slot.master.grad)) for slot in slots]
     held = [(slot, g) for slot, g in held if g.numel() and not g.is_meta]
     if not held:
         return []

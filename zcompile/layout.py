@@ -216,12 +216,16 @@ class ParamSpec:
         return WireFormat.parse(COMPUTE_FORMATS[self.compute])
 
     @cached_property
+    def has_copy(self) -> bool:
+        """Whether there is a compute copy of its own: else the master is what gathers send."""
+        return self.stored.text != "fp32" or self.layout.extents[self.w] != self.layout.shards
+
+    @cached_property
     def peer_level(self) -> int:
         """The level whose ranks' memory a gather reads directly. 0: it is sent messages, because the plan says so, or because its ranks are
         those of several levels, or the copy is the master itself."""
         hops = [level for level in range(1, self.w + 1) if self.sizes[level - 1] > 1]
-        master = self.stored.text == "fp32" and self.layout.extents[self.w] == self.layout.shards
-        return hops[0] if self.peer and len(hops) == 1 and self.layout.numel and not master else 0
+        return hops[0] if self.peer and len(hops) == 1 and self.layout.numel and self.has_copy else 0
 
     @cached_property
     def delta(self) -> bool:

@@ -76,14 +76,11 @@ class _Stepper:
 
     def __init__(self, model: nn.Module, call: Callable[..., Any], tokens: torch.Tensor, low: torch.dtype | None):
         self.call, self.tokens = call, tokens
-        self.masters: list[torch.Tensor] = []
-        self.masters += model.parameters()
+        parameters: list[torch.Tensor] = [*model.parameters()]
+        self.masters, self.low = parameters, parameters[:0]
         if low:
-            self.masters = [p.detach().clone().requires_grad_() for p in self.masters]
-        if low:
+            self.masters, self.low = [p.detach().clone().requires_grad_() for p in parameters], parameters
             model.to(low)
-        self.low: list[torch.Tensor] = []
-        self.low += model.parameters() if low else ()
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True)
         self.loss = 0.0
 

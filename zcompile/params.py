@@ -250,7 +250,7 @@ def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: t
         rows, layout = first.layout.shards // first.layout.extents[first.w], first.layout
         stored = transfers.dtype(first.stored.text)
         row_width = first.unit_record if first.stored.quantized else first.unit_shard
-        copy = master if rows == 1 and stored == MASTER else torch.zeros(rows * row_width, dtype=stored, device=device)
+        copy = torch.zeros(rows * row_width, dtype=stored, device=device) if first.has_copy else master
         image = None
         if first.delta:
             as_seen = transfers.dtype(first.compute)
@@ -303,6 +303,11 @@ def at_start(local: Tensor) -> Tensor:
     part = local.untyped_storage()[begin : begin + local.numel() * local.itemsize]
     own: Tensor = torch.empty(0, dtype=local.dtype, device=local.device).set_(part, 0, local.shape, local.stride())
     return own
+
+
+def local_of(value: Any) -> Tensor:
+    """What this rank holds of a gradient or a moment: of a DTensor its local tensor, else the tensor itself."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def master_shard(master: Any) -> Tensor:

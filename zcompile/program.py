@@ -73,8 +73,7 @@ class Program:
             with about(Listed(self.name, self.collectives)), spans:
                 out = self._code(inputs)
         except Exception as error:  # of a backward nobody else hears
-            if engine.runtime.watch is not None:
-                engine.runtime.watch.broke_off(error)
+            engine.runtime.broke_off(error)
             raise
         engine.running = None  # and not after an error: what ran is asked for then
         return out

@@ -188,6 +188,11 @@ class Runtime:
         everybody = list(range(self.topology.world_size))
         return self._groups.get("", everybody, "world", "background", backend="gloo")
 
+    def broke_off(self, error: BaseException) -> None:
+        """A forward or a backward ended in `error`: for the report, should the program go on from it while others wait."""
+        if self.watch is not None:
+            self.watch.broke_off(error)
+
     @property
     def counters(self) -> Counters:
         """Collectives issued under this runtime's roles so far, a value: subtract two of them."""

@@ -18,6 +18,7 @@ from zcompile import code_cache, gradients, optimizers, pretrained
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.deferred import Start, deferred_init
 from zcompile.engine import Engine
+from zcompile.faults.checksums import checksum
 from zcompile.front import Root, install, whole_call
 from zcompile.launcher import init_from_launcher, topology_of_job
 from zcompile.options import Options
@@ -292,7 +293,7 @@ def _materialise(engine: Engine, start: Start, given: set[str]) -> None:
             dist.broadcast(whole, 0)
         with torch.no_grad():
             slots[name].shard.copy_(slots[name].own_rows(whole, engine.coordinates))
-        sums.append((name, _sum(whole)))
+        sums.append((name, int(checksum(whole))))
 
     start.run(engine.device, give, given)
     engine.start_peak = start.recording.peak
@@ -305,7 +306,7 @@ def _sums(model: nn.Module, options: Options) -> Iterator[tuple[str, int]]:
     for parameter, names in named_owners(model).items():
         if options.sync_init and dist.get_world_size() > 1:
             dist.broadcast(parameter.data, 0)
-        yield names[0][0], _sum(parameter)
+        yield names[0][0], int(checksum(parameter))
 
 
 def _same_start(runtime: Runtime, sums: Sequence[tuple[str, int]]) -> None:
@@ -320,12 +321,3 @@ def _same_start(runtime: Runtime, sums: Sequence[tuple[str, int]]) -> None:
                     f"hierarchical_zero: parameter {name!r} starts from other values on rank {rank} than on rank 0. Seed every rank "
                     "equally before building the model, or pass sync_init=True to take rank 0's."
                 )
-
-
-def _sum(tensor: Tensor) -> int:
-    """Of the bits, eight bytes at a time and without a copy of them."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if data.storage_offset() % 8:
-        data = data.clone()
-    words = data.numel() // 8 * 8
-    return int(data[:words].view(torch.int64).sum()) + int(data[words:].sum())

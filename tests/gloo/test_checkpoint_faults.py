@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from support import training
 from support.spawn import RanksFailed, run
 from support.state import Awkward, one_step, same_bits, whole_state
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -27,14 +28,7 @@ WORLD = 2
 
 
 def refused(words: tuple[str, ...], call: Callable[[], Any], kind: type[Exception] = CheckpointError) -> None:
-    """`call` raises `kind` on every rank, with every one of `words` in its text."""
-    try:
-        call()
-    except kind as error:
-        missing = [word for word in words if word not in str(error)]
-        assert not missing, f"{missing} not in: {error}"
-    else:
-        raise AssertionError(f"accepted; expected {kind.__name__} with {words}")
+    training.refused(kind, words, call)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.training import batch, both, graphs, mlp, ours, same, sgd, square, step, theirs, train, twins
+from support.training import batch, both, graphs, mlp, ours, refused, same, sgd, square, step, theirs, train, twins
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -23,17 +23,6 @@ from zcompile.engine import READING
 
 WORLD = 2
 LOSS = square(4, 7)
-
-
-def refused(kind: type[BaseException], words: tuple[str, ...], call: Callable[[], Any]) -> None:
-    """`call` raises `kind`, with every one of `words` in its text."""
-    try:
-        call()
-    except kind as error:
-        missing = [word for word in words if word not in str(error)]
-        assert not missing, f"{missing} not in: {error}"
-    else:
-        raise AssertionError(f"accepted; expected {kind.__name__} with {words}")
 
 
 # -- doors ---------------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.spawn import run
+from support.training import losses_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,16 +26,7 @@ def losses(rank: int, gather: str, peer: bool) -> list[float]:
     module = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256)).cuda()
     plan = Plan.preset("hsdp", gather=gather, peer_gather=peer)
     model: Any = hierarchical_zero(module, topology="2x1", plan=plan, compute_dtype=torch.bfloat16, codegen=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    found = []
-    for number in range(4):
-        x = torch.randn(8, 256, generator=torch.Generator().manual_seed(10 * number + rank)).cuda()
-        loss = model(x).float().square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
+    return losses_of(model, 256, 4, rank, "cuda")
 
 
 @pytest.mark.parametrize("gather", ["int8", "native"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.spawn import run
+from support.training import losses_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,17 +77,7 @@ def test_ranks_that_share_a_gpu_send_the_bits_that_they_send_on_the_cpu(plan: st
 
 
 def losses(rank: int, device: str, plan: str, options: dict[str, Any]) -> list[float]:
-    model = wrapped(device, plan, "2x2x1", **options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    found = []
-    for number in range(6):
-        x = torch.randn(8, 96, generator=torch.Generator().manual_seed(10 * number + rank)).to(device)
-        loss = model(x).float().square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
+    return losses_of(wrapped(device, plan, "2x2x1", **options), 96, 6, rank, device)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -159,3 +159,28 @@ def received(model: Any, transfer: str) -> dict[str, int]:
         for name, row in rows.items():
             assert row["predicted"] == row["compiled"] == row["counted"], f"{level} {name}: {row}"
     return {level: rows[transfer]["counted"] for level, rows in levels.items() if rows[transfer]["counted"]}
+
+
+def refused(kind: type[BaseException], words: tuple[str, ...], call: Callable[[], Any]) -> None:
+    """`call` raises `kind`, with every one of `words` in its text."""
+    try:
+        call()
+    except kind as error:
+        missing = [word for word in words if word not in str(error)]
+        assert not missing, f"{missing} not in: {error}"
+    else:
+        raise AssertionError(f"accepted; expected {kind.__name__} with {words}")
+
+
+def losses_of(model: Any, width: int, steps: int, rank: int, device: str) -> list[float]:
+    """Of AdamW steps on batches that depend on rank and step alone."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found = []
+    for number in range(steps):
+        x = torch.randn(8, width, generator=torch.Generator().manual_seed(10 * number + rank)).to(device)
+        loss = model(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found

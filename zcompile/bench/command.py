@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from rich.console import Console
 
 from zcompile.bench import network, report, systems
 from zcompile.bench.rank import Task, build
-from zcompile.cli import write_json
+from zcompile.cli import exit_on_sigterm, write_json
 from zcompile.topology import Topology
 
 MOST_RANKS = 64
@@ -217,8 +216,7 @@ def command(arguments: argparse.Namespace) -> int:
         if first:
             errors.print(f"{text} ({time.monotonic() - begin:.0f} s)", style="dim", markup=False)
 
-    # Ended from outside, it still takes its ranks and its network down.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    exit_on_sigterm()
     try:
         result = run_launched(arguments, say) if launched() else run_here(arguments, say)
     except network.NetworkError as error:

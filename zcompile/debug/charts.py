@@ -53,6 +53,15 @@ def _tools(plot: Any, dimensions: str) -> None:
     plot.toolbar.active_scroll, plot.toolbar.active_drag = wheel, pan
 
 
+def _over_time(name: str, time: Range1d, **settings: Any) -> Any:
+    """The timeline and what stands under it: one axis of time, one frame."""
+    plot = _plain(
+        name, min_border_left=72, min_border_right=16, x_range=time, y_range=Range1d(0, 1), tools="", **settings
+    )
+    _tools(plot, "width")
+    return plot
+
+
 def _quads(plot: Any, name: str, **settings: Any) -> Any:
     columns = ("left", "right", "top", "bottom", "fill", "index")
     source = ColumnDataSource({column: [] for column in columns}, name=f"{plot.name}-{name}")
@@ -65,16 +74,7 @@ def _same(renderer: Any) -> None:
 
 
 def _timeline(time: Range1d, line: Span) -> Any:
-    plot = _plain(
-        "timeline",
-        sizing_mode="stretch_both",
-        min_border_left=72,
-        min_border_right=16,
-        x_range=time,
-        y_range=Range1d(0, 1),
-        tools="",
-    )
-    _tools(plot, "width")
+    plot = _over_time("timeline", time, sizing_mode="stretch_both")
     plot.add_tools(BoxZoomTool(dimensions="width"))
     spans = _quads(plot, "spans", line_color=None)
     _same(spans)
@@ -101,17 +101,7 @@ def _timeline(time: Range1d, line: Span) -> Any:
 
 
 def _memory(time: Range1d, line: Span) -> Any:
-    plot = _plain(
-        "memory",
-        sizing_mode="stretch_width",
-        height=150,
-        min_border_left=72,
-        min_border_right=16,
-        x_range=time,
-        y_range=Range1d(0, 1),
-        tools="",
-    )
-    _tools(plot, "width")
+    plot = _over_time("memory", time, sizing_mode="stretch_width", height=150)
     columns = ("at", "total", *(f"{owner}{end}" for owner in OWNERS for end in ("_from", "_to")))
     # Bokeh 3.9 does not return from drawing an area of no points.
     source = ColumnDataSource({column: [0, 0] for column in columns}, name="memory-owners")

@@ -39,7 +39,7 @@ def world(topology: Topology, rank: int = 0) -> Iterator[None]:
         ValueError: there is no such rank.
     """
     if dist.is_initialized():
-        raise RuntimeError("a dump on paper needs a process without a process group: it makes a fake one")
+        raise RuntimeError("a world on paper needs a process without a process group: it makes a fake one")
     if not 0 <= rank < topology.world_size:
         raise ValueError(f"rank {rank}: {topology.key} has ranks 0 to {topology.world_size - 1}")
     from torch.testing._internal.distributed.fake_pg import FakeStore

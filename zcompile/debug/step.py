@@ -213,10 +213,7 @@ def refreshes(specs: Iterable[ParamSpec]) -> list[Refresh]:
 
 def state_bytes(specs: Sequence[ParamSpec]) -> dict[str, int]:
     """Model state on one rank while a step runs, AdamW's moments included: see zcompile.cost.state_bytes."""
-    copies = {
-        spec.name: int(spec.stored.text != "fp32" or spec.layout.extents[spec.w] != spec.layout.shards)
-        for spec in specs
-    }  # else the copy is the master
+    copies = {spec.name: int(spec.has_copy) for spec in specs}
     return {**cost.state_bytes(specs, copies, accumulating=False), "gradient": 0}
 
 

@@ -2,7 +2,7 @@
 
 Each rank adds up the words of every part that it sends; the sums travel over the same communicator beside the message (8 bytes a member,
 which the ledger does not count) and are compared with those of what arrived when the message is waited for. A flipped bit always
-changes the sum of 32-bit words modulo 2^64. The compute copies, which lie in memory between steps, are summed when a refresh has
+changes the sum of 64-bit words modulo 2^64. The compute copies, which lie in memory between steps, are summed when a refresh has
 written them and again before each forward.
 """
 
@@ -23,10 +23,12 @@ class ChecksumError(RuntimeError):
 
 
 def checksum(x: Tensor) -> Tensor:
-    """Scalar int64: the sum of the 32-bit words of a contiguous tensor (of its bytes, where they fill none)."""
-    flat = x.reshape(-1).view(torch.uint8)
-    words = flat.view(torch.int32) if flat.numel() % 4 == 0 and flat.storage_offset() % 4 == 0 else flat
-    return words.sum(dtype=torch.int64)
+    """Scalar int64: the sum of a tensor's bits, eight bytes at a time and then the rest; without a copy of them if it is contiguous."""
+    data = x.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    words = data.numel() // 8 * 8
+    return data[:words].view(torch.int64).sum() + data[words:].sum()
 
 
 def launch(group: Any, op: str, args: tuple[Any, ...], site: Site) -> Callable[[], None] | None:

@@ -123,8 +123,8 @@ def subject() -> Subject | None:
     return getattr(_LOCAL, "subject", None)
 
 
-def users_line(frames: Iterable[tuple[FrameType, int]]) -> str:
-    """The first line that is neither torch's nor ours nor the standard library's, "train.py:93"; "" if there is none.
+def users_place(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """The first line that is neither torch's nor ours nor the standard library's, "/home/me/train.py:93"; "" if there is none.
 
     Args:
         frames: innermost first, as of traceback.walk_stack.
@@ -133,8 +133,13 @@ def users_line(frames: Iterable[tuple[FrameType, int]]) -> str:
         path = frame.f_code.co_filename
         library = path.startswith(_LIBRARY) and f"{os.sep}site-packages{os.sep}" not in path
         if not library and not path.startswith(_OURS):
-            return f"{os.path.basename(path)}:{line}"
+            return f"{path}:{line}"
     return ""
+
+
+def users_line(frames: Iterable[tuple[FrameType, int]]) -> str:
+    """The same without the folder: "train.py:93"."""
+    return os.path.basename(users_place(frames))
 
 
 def compiling(frame: FrameType | None) -> bool:

@@ -329,7 +329,7 @@ class Watch:
     # -- the end -----------------------------------------------------------------------------------------------------------------
 
     def broke_off(self, error: BaseException) -> None:
-        """A forward ended in `error`; whether the program goes on from there is not known yet."""
+        """A forward or a backward ended in `error`; whether the program goes on from there is not known yet."""
         if isinstance(error, Exception) and not isinstance(error, FaultError):
             self.caught = errors.described(error)
 

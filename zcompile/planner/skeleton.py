@@ -184,7 +184,7 @@ class Skeleton:
 
     def state(self, accumulating: bool) -> dict[str, int]:
         """Model-state bytes on one rank, by zcompile.cost.state_bytes; frozen parameters have no gradients and no moments."""
-        copies = {spec.name: int(_has_copy(spec)) for spec in self.specs}
+        copies = {spec.name: int(spec.has_copy) for spec in self.specs}
         trained = [spec for piece in self.pieces if piece.trainable for spec in piece.specs]
         frozen = [spec for piece in self.pieces if not piece.trainable for spec in piece.specs]
         total = cost.state_bytes(trained, copies, accumulating)
@@ -279,7 +279,7 @@ class Skeleton:
         size = sum(rows * spec.stored.bytes(spec.layout.shard) for spec in specs)
         x = nodes.input(f"copy_{first.unit}", size)
         x.meta[TRANSFER] = "gather"
-        if not fresh and _has_copy(first):
+        if not fresh and first.has_copy:
             x = nodes.wait_for_copy(x, names)
         hops = piece.hops("gather", backward=fresh)
         for hop in hops:
@@ -321,11 +321,6 @@ def numel(specs: Sequence[ParamSpec]) -> int:
 
 def _size(node: Node) -> int:
     return times.value_bytes(node.meta["val"])
-
-
-def _has_copy(spec: ParamSpec) -> bool:
-    """Whether a compute copy of its own is there: else the master is what gathers send."""
-    return spec.layout.shards != spec.layout.extents[spec.w] or spec.stored.text != "fp32"
 
 
 def pieces(workload: Workload, plan: ResolvedPlan) -> list[Piece]:

@@ -7,15 +7,15 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from zcompile import cost, refresh, times
+from zcompile import cost, times
 from zcompile.api import ledger
+from zcompile.debug.paper import world
+from zcompile.debug.step import refreshes
 from zcompile.plan import Plan
 from zcompile.planner.search import Request
 from zcompile.planner.step import Result, Step, play
 from zcompile.planner.workload import Workload
-from zcompile.simulator import Refresh
 from zcompile.topology import Topology
 from zcompile.wrap import hierarchical_zero
 
@@ -35,14 +35,9 @@ def simulate(
     Raises:
         GraphError: bytes of graphs and closed forms differ. PassError: a pass failed or an invariant does not hold.
     """
-    if dist.is_initialized():
-        raise RuntimeError("zcompile plan --trace needs a process without a process group: it makes a fake one")
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     begin = time.perf_counter()
     topology = Topology(topology.levels, topology.device)
-    dist.init_process_group("fake", rank=0, world_size=topology.world_size, store=FakeStore())
-    try:
+    with world(topology):
         wrapped: Any = hierarchical_zero(
             workload.module,
             topology=topology,
@@ -79,7 +74,7 @@ def simulate(
             forwards[0].graph,
             backwards[0].graph if several else None,
             backwards[-1].graph,
-            [_refresh(unit) for unit in units],
+            refreshes([spec for unit in units for spec in unit.specs]),
             cost.state_bytes([slot.spec for slot in engine.slots], copies, several),
             sum(unit.master.numel() for unit in units),
         )
@@ -93,17 +88,6 @@ def simulate(
             "collectives": sum(len(program.collectives) for program in engine.programs),
             "step": result.as_dict(),
         }
-    finally:
-        dist.destroy_process_group()
-
-
-def _refresh(unit: Any) -> Refresh:
-    first = unit.first
-    hops = tuple(
-        (first.levels[level - 1], received, first.refresh[level - 1])
-        for level, received in refresh.sent(unit, full=False).items()
-    )
-    return Refresh(tuple(slot.name for slot in unit.slots), hops)
 
 
 def _check(found: dict[str, Any]) -> None:

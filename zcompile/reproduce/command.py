@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from zcompile.bench.command import rates
 from zcompile.bench.network import NetworkError
-from zcompile.cli import write_json
+from zcompile.cli import exit_on_sigterm, write_json
 from zcompile.reproduce import collectives, paper, zeropp
 from zcompile.reproduce.report import Report
 from zcompile.shapes import SHAPES
@@ -51,9 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(arguments: argparse.Namespace) -> int:
     """0: every criterion is held; 1: one is missed, or a run failed; 2: bad arguments."""
     errors = Console(stderr=True, soft_wrap=True)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # ended from outside, it takes its ranks and its network down
+    exit_on_sigterm()
     try:
         if arguments.model and arguments.model not in SHAPES:
             raise ValueError(f"--model {arguments.model!r}: valid: {', '.join(SHAPES)}")
