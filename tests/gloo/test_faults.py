@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,6 +113,16 @@ def train(
     print("trained", flush=True)
 
 
+def missed(text: str, transfer: str) -> bool:
+    """Whether the wait that the report names is for that transfer, or for the one after it: a rank's partners in two levels miss it,
+    and the one in the other level may be the only one that has come so far."""
+    level = {"gather": "node", "reduce": "node", "sync": "cluster"}
+    either = "|".join(
+        f"{t} all_[a-z_]+ over {level[t]}" for t in {transfer, {"reduce": "sync"}.get(transfer, transfer)}
+    )
+    return re.search(f"  missed in  (?:{either}), number ", text) is not None
+
+
 def report_of(ranks: list[Rank]) -> str:
     """The one report in all that the ranks printed."""
     everything = "".join(rank.output for rank in ranks)
@@ -151,9 +162,8 @@ def test_f12_f13_f14_a_rank_fails_in_a_transfer(job: Jobs, what: str, transfer: 
     ranks = job.run(train, 4, 3, what, transfer)
     report = ended(ranks, 3)
     assert report.startswith(f"zcompile: {SAID[what]}"), report
-    level = "cluster" if transfer == "sync" else "node"
     where = report.splitlines()[1]
-    assert where.startswith(f"  missed in  {transfer} all_") and f"over {level}, number " in where, report
+    assert missed(where, transfer), report
     assert (
         f"of {'first' if transfer == 'gather' else 'second'}." in where and f"({line('both are read here')})" in where
     ), report
@@ -172,9 +182,7 @@ def test_f12_f13_in_compiled_graphs(job: Jobs, what: str, transfer: str) -> None
     report = ended(job.run(train, 4, 3, what, transfer, "graph"), 3)
     assert report.startswith(f"zcompile: {SAID[what]}"), report
     stage = "backward" if transfer == "reduce" else "forward"
-    assert (
-        f"  missed in  {transfer} all_" in report and f"({line('both are read here')}), in graph 0 {stage}" in report
-    ), report
+    assert missed(report, transfer) and f"({line('both are read here')}), in graph 0 {stage}" in report, report
     assert "of {first,second}." in report, report
 
 
@@ -191,7 +199,7 @@ def test_f12_f13_in_compiled_graphs(job: Jobs, what: str, transfer: str) -> None
 def test_f12_f13_f14_the_rank_that_holds_the_store(job: Jobs, what: str, said: str) -> None:
     report = ended(job.run(train, 4, 0, what, "reduce"), 0)
     assert report.startswith(f"zcompile: {said}"), report
-    assert "  missed in  reduce all_to_all over node" in report, report
+    assert missed(report, "reduce"), report
 
 
 @pytest.mark.slow

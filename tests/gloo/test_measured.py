@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ def profiled(rank: int, folder: str, codegen: bool, threads: bool = True) -> Non
     torch._dynamo.reset()
     from zcompile.backend import Compilation
 
-    Compilation._numbers = iter(range(100))  # type: ignore[assignment]
+    Compilation._numbers = itertools.count()
     torch.manual_seed(0)
     model = hierarchical_zero(
         Tiny(2, 64), topology="2x2", plan="zero_topo", codegen=codegen, overlap=1, dump=f"{folder}/dump"

@@ -148,10 +148,9 @@ def judge(trouble: Trouble, records: Mapping[int, Record], silent: Sequence[int]
     if silent:
         reason = f"{_verb(silent, 'does', 'do')} not answer: stopped, gone with the host, or Python is held up"
         return verdict("silent", sorted(silent), reason, _last(records, min(silent), now))
-    swallowed = [
-        rank for rank, record in sorted(records.items()) if record.get("caught") and not _same(record, trouble)
-    ]
-    if swallowed:
+    apart = [rank for rank, record in sorted(records.items()) if not _same(record, trouble)]
+    swallowed = [rank for rank, record in sorted(records.items()) if record.get("caught")]
+    if swallowed and apart:  # the rank that went on may be the one whose patience ended first
         error = records[swallowed[0]]["caught"]
         reason = f"went on after {error['type']}: {error['message']} at {error['line']} had broken off its forward or backward"
         details = [*(f"memory     {line}" for line in error.get("memory", ())), *_last(records, swallowed[0], now)]
@@ -166,7 +165,6 @@ def judge(trouble: Trouble, records: Mapping[int, Record], silent: Sequence[int]
         )
         return verdict("busy", busy, f"{verb}: Python is at {record['line'] or 'no line of yours'}",
                        _last(records, busy[0], now))  # fmt: skip
-    apart = [rank for rank, record in sorted(records.items()) if not _same(record, trouble)]
     inside = [rank for rank in apart if not trouble.missing or rank in trouble.missing] or apart
     if not inside:
         reason = (
