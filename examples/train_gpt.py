@@ -370,7 +370,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     option(
         "--overlap",
         type=int,
-        default=0,
+        default=2,
         metavar="BUCKETS",
         help="transfers under way while it computes (default: %(default)s)",
     )

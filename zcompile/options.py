@@ -46,7 +46,7 @@ class Options:
     codegen: bool = True
     dump: str = ""
     dump_ranks: str = ""
-    overlap: int = 0
+    overlap: int = 2
     memory: int = 0
     timeout: float = 600.0
     compile_timeout: float = 3600.0

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from zcompile.machines import Device, Level
@@ -105,14 +106,22 @@ def is_pointwise(target: Any) -> bool:
     return torch.Tag.pointwise in getattr(target, "tags", ())
 
 
+def is_product(target: Any) -> bool:
+    """Whether its FLOPs are counted: matrix products, convolutions, attention."""
+    packet = getattr(target, "overloadpacket", None)
+    return packet in flop_registry or packet in _FLASH_ON_CPU
+
+
 def node_flops(node: Node) -> float:
     """FLOPs of one node; 0 for what has none to speak of."""
     if node.op != "call_function":
         return 0.0
     if SECONDS in node.meta:
         return float(node.meta[SECONDS][1])
-    args, keywords = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
-    return flops(node.target, args, keywords, node.meta.get("val"))
+    if not is_product(node.target):
+        return 0.0
+    args, keywords = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: tree_map(_known, n.meta.get("val")))
+    return flops(node.target, args, keywords, tree_map(_known, node.meta.get("val")))
 
 
 def node_seconds(node: Node, device: Device) -> float:
@@ -157,8 +166,20 @@ def _target_name(target: Any) -> str:
 def value_bytes(value: Any) -> int:
     """Of a tensor, or of all in a list or tuple."""
     if isinstance(value, torch.Tensor):
-        return value.numel() * value.itemsize
+        return hint(value.numel()) * value.itemsize
     return sum(value_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
+
+
+def hint(number: Any) -> int:
+    """What a size was when its graph was traced. To compare a symbolic one would make its value a guard of the compiled code."""
+    return int(number.node.hint) if isinstance(number, torch.SymInt) else number
+
+
+def _known(value: Any) -> Any:
+    """A tensor without symbols in its shape."""
+    if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+        return torch.empty([hint(size) for size in value.shape], dtype=value.dtype, device="meta")
+    return hint(value)
 
 
 def value_dtype(value: Any) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
 from unittest import mock
 
 import pytest
 from support.graphs import Hand, targets, unit
 from torch.fx import Node
 
-from zcompile import times
 from zcompile.passes import LOWERED, schedule
 from zcompile.passes.nodes import COLLECTIVES, WAIT, aten, collective_of
+from zcompile.passes.work import weights_at_work
 
 INT4, INT8 = "int4/256/bf16/nearest", "int8/256/bf16/nearest"
 DEPTH = 6
+LONG, SHORT = 1e3, 1e-3
+"""Products that take much longer than all hops, and much shorter."""
 
 
 def layers(
@@ -25,16 +24,17 @@ def layers(
     depth: int = DEPTH,
     three: bool = False,
     stage: str = "forward",
-    seconds: float = 0.0,
-    hops: float = 0.0,
+    balance: float = 1.0,
     memory: int = 0,
+    rows: int = 64,
     **formats: str,
 ) -> Hand:
-    """A graph of `depth` products, each with a weight of its own unit; `three`: gathered over three levels; `seconds`: a product's."""
+    """A graph of `depth` products, each with a weight of its own unit; `three`: gathered over three levels; `balance`: what
+    all of them take, in times of the busiest level."""
     hand = Hand(stage, plan="zero3" if three else "zero_topo", overlap=overlap)
     hand.context.memory = memory
     place = {"w": 3, "g": 3, "o": 3} if three else {}
-    x = hand.input("x", 64, 64)
+    x = hand.input("x", rows, 64)
     specs, copies = [], []
     for number in range(depth):
         (spec,) = unit({f"w{number}": (64, 64)}, unit=f"u{number}", block=256 if formats else 1, **formats, **place)  # type: ignore[arg-type]
@@ -43,46 +43,27 @@ def layers(
     for spec, copy in zip(specs, copies, strict=True):
         x = hand.call(aten.mm.default, x, hand.gather(spec, copy))
     hand.output(x)
-    with machine_of(seconds, hops):
+    with mock.patch.dict(schedule.BALANCE, {stage: balance}):
         hand.run(*LOWERED)
     return hand
 
 
-@contextlib.contextmanager
-def machine_of(products: float, hops: float) -> Iterator[None]:
-    """A machine on which a product takes so many seconds, and a hop (0: as its data say)."""
-    operation, hop = schedule.node_seconds, schedule.hop_seconds
-
-    def node_seconds(node: Node, device: Any) -> float:
-        return products if products and node.target is aten.mm.default else operation(node, device)
-
-    def hop_seconds(level: Any, received: int) -> float:
-        return hops or hop(level, received)
-
-    with (
-        mock.patch.object(schedule, "node_seconds", node_seconds),
-        mock.patch.object(schedule, "hop_seconds", hop_seconds),
-        mock.patch.object(times, "hop_seconds", hop_seconds),
-    ):
-        yield
-
-
-def gradients(overlap: int, *, mains: bool = False, seconds: float = 0.0, hops: float = 0.0, **formats: str) -> Hand:
-    """A backward: a chain of products, and of each a gradient that is reduced; summed onto mains, or synced."""
+def gradients(overlap: int, *, mains: bool = False, balance: float = 1.0, rows: int = 64, **formats: str) -> Hand:
+    """A backward: of each weight a product that makes its gradient, which is reduced; summed onto mains, or synced."""
     hand = Hand("backward", overlap=overlap)
     specs = [unit({f"w{n}": (64, 64)}, unit=f"u{n}", block=256 if formats else 1, **formats)[0] for n in range(DEPTH)]
     sums = [hand.input(f"main_{n}", spec.layout.width(spec.g)) for n, spec in enumerate(specs)] if mains else []
-    x, out = hand.input("x", 64, 64), []
+    x, y, out = hand.input("x", 64, rows), hand.input("y", rows, 64), []
     for number, spec in enumerate(specs):
-        x = hand.call(aten.mm.default, x, x)
-        total = hand.reduce(spec, x)
+        x = hand.call(aten.neg.default, x)
+        total = hand.reduce(spec, hand.call(aten.mm.default, x, y))
         if mains:
             total = hand.call(aten.add.Tensor, sums[number], total)
             hand.call(aten.copy_.default, sums[number], total)
         else:
             out.append(hand.sync(spec, total))
     hand.output(x, *out)
-    with machine_of(seconds, hops):
+    with mock.patch.dict(schedule.BALANCE, {"backward": balance}):
         hand.run(*LOWERED)
     return hand
 
@@ -107,28 +88,29 @@ def test_off_waits_where_it_launches() -> None:
 
 @pytest.mark.parametrize("overlap", [1, 2])
 def test_gathers_are_launched_as_many_buckets_ahead(overlap: int) -> None:
-    """In a backward, whose copies are fresh: at each product so many more are under way."""
+    """In a backward, whose copies are fresh: at each wait so many more are under way."""
     ahead = DEPTH - overlap - 1
-    expected = "Gw" + "G" * (overlap + 1) + "m" + "wGm" * (ahead - 1) + "wm" * (overlap + 1)
+    expected = "G" * (overlap + 1) + "wGm" * ahead + "wm" * (overlap + 1)
     assert story(layers(overlap, stage="backward")) == expected
 
 
 def test_no_gather_is_launched_before_its_copy_is_expected_to_be_fresh() -> None:
     """A forward begins with the refresh, which a small product does not hide: waiting for it early would hold up what is ready."""
-    assert story(layers(2)) == "Gwm" * DEPTH
-    assert "GGG" in story(layers(2, seconds=1.0)), "where products are long, the copies are there by the next one"
+    assert story(layers(2, balance=SHORT)) == "Gwm" * DEPTH
+    assert "GGG" in story(layers(2, balance=LONG)), "where products are long, the copies are there by the next one"
 
 
 def test_the_hops_of_a_bucket_go_over_different_levels_at_once() -> None:
-    hand = layers(2, three=True, seconds=1.0)
+    hand = layers(2, three=True, balance=LONG)
     hops = [(collective_of(node).level, collective_of(node).parameters[0]) for node in targets(hand.gm, *COLLECTIVES)]
     for number in range(DEPTH):
         assert [level for level, name in hops if name == f"w{number}"] == ["cluster", "node", "pair"]
-    assert {name for _, name in hops[3:6]} == {"w1", "w2", "w3"}, "before the first product, hops of three more buckets"
+    assert {name for _, name in hops[:3]} == {"w0", "w1", "w2"}, "while the first is waited for, three are under way"
+    assert {level for level, _ in hops[3:6]} > {"node"}, "the next hop of one beside the first of another"
 
 
 def test_reductions_are_waited_for_when_they_are_expected() -> None:
-    slow, fast = story(gradients(64, hops=1.0)), story(gradients(64, seconds=1.0))
+    slow, fast = story(gradients(64, balance=SHORT)), story(gradients(64, balance=LONG))
     assert slow.startswith("mR" * DEPTH + "w"), "hops longer than all products: none is waited for before the end"
     assert fast.startswith("mRmRwRmRwRwRmRwRwRwm"), (
         "longer than a hop: at the next product each hop that is out is over"
@@ -137,7 +119,7 @@ def test_reductions_are_waited_for_when_they_are_expected() -> None:
 
 @pytest.mark.parametrize("overlap", [1, 3])
 def test_where_too_many_are_in_flight_the_first_to_arrive_is_waited_for(overlap: int) -> None:
-    found, flying = story(gradients(overlap, hops=1.0)), 0
+    found, flying = story(gradients(overlap, balance=SHORT)), 0
     for letter in found:
         flying += {"R": 1, "w": -1}.get(letter, 0)
         assert flying <= overlap + 1
@@ -146,20 +128,36 @@ def test_where_too_many_are_in_flight_the_first_to_arrive_is_waited_for(overlap:
 
 def test_memory_bounds_what_is_in_flight_in_bytes() -> None:
     one = 64 * 64 * 4  # a gathered weight
-    free = schedule.in_flight(layers(4, three=True, seconds=1.0).gm)
-    tight = schedule.in_flight(layers(4, three=True, seconds=1.0, memory=one).gm)
+    free = schedule.in_flight(layers(4, three=True, balance=LONG).gm)
+    tight = schedule.in_flight(layers(4, three=True, balance=LONG, memory=one).gm)
     assert max(free) > max(tight), "a bucket beside the one that is needed next does not fit"
     assert story(layers(4, stage="backward", memory=1)).startswith("GwGm"), "one is always allowed"
 
 
 def test_the_schedule_is_a_function_of_the_graph() -> None:
-    assert story(gradients(3)) == story(gradients(3)) and story(layers(3, seconds=1e-3)) == story(
-        layers(3, seconds=1e-3)
+    assert story(gradients(3)) == story(gradients(3)) and story(layers(3, balance=1.0)) == story(layers(3, balance=1.0))
+
+
+@pytest.mark.parametrize("overlap", [1, 2])
+def test_ranks_with_batches_of_other_shapes_run_one_order(overlap: int) -> None:
+    """Times that follow from shapes would order hops by them: a rank with a smaller last batch would wait for another hop than the rest."""
+    assert len({story(layers(overlap, three=True, rows=rows)) for rows in (1, 7, 64, 4096)}) == 1
+    assert len({story(gradients(overlap, rows=rows)) for rows in (1, 7, 64, 4096)}) == 1
+    assert (
+        layers(overlap, rows=1).context.expected["seconds"] < layers(overlap, rows=1 << 20).context.expected["seconds"]
     )
 
 
+def test_the_work_of_a_graph_is_that_of_its_weights() -> None:
+    for rows in (3, 64):
+        found = weights_at_work(layers(0, rows=rows).gm.graph.nodes)
+        assert {node.target for node in found} == {aten.mm.default} and list(found.values()) == [64 * 64] * DEPTH
+        found = weights_at_work(gradients(0, rows=rows, reduce=INT4).gm.graph.nodes)
+        assert {node.target for node in found} == {aten.mm.default} and list(found.values()) == [64 * 64] * DEPTH
+
+
 def test_more_buckets_than_there_are_is_all_of_them() -> None:
-    assert story(layers(64, stage="backward")) == "Gw" + "G" * (DEPTH - 1) + "m" + "wm" * (DEPTH - 1)
+    assert story(layers(64, stage="backward")) == "G" * DEPTH + "wm" * DEPTH
 
 
 @pytest.mark.parametrize("depth", [4, 8, 16])
@@ -174,7 +172,7 @@ def test_the_contract_sees_too_much_in_flight() -> None:
     hand = layers(5, stage="backward")
     assert "GGGGG" in story(hand)
     hand.context.overlap = 1
-    with pytest.raises(AssertionError, match="5 hops in flight at once; with overlap 1: at most 4"):
+    with pytest.raises(AssertionError, match="6 hops in flight at once; with overlap 1: at most 4"):
         schedule.check(hand.gm, hand.context)
 
 

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(DTYPES),
         help="dtype in which weights are gathered (default: the model's; bf16 for named shapes)",
     )
-    option("--overlap", type=int, help="buckets in flight (default: 0, or what a script says)")
+    option("--overlap", type=int, help="buckets in flight (default: 2, or what a script says)")
     option("--memory", type=int, metavar="BYTES", help="bound for what is in flight (default: none)")
     option("--micro-batches", type=int, default=1, metavar="N", help="of a step (default: %(default)s)")
     option("--sequence", type=int, metavar="N", help="tokens per sample of a named shape (default: its own)")

@@ -264,9 +264,17 @@ def search(
     pool = sorted((candidate for candidate in pool if candidate.floor <= limit), key=_order)
     simulated: list[Candidate] = []
     for candidate in pool[: 3 if quick else MOST_SIMULATED]:
-        if simulated and candidate.bound > min(_seconds(done) for done in simulated):
+        done = _best(simulated, limit)
+        if done and candidate.bound > _seconds(done):
             break
         simulated.append(estimator.simulate(candidate))
+    for candidate in sorted([*fitting, *pool], key=lambda c: (c.floor, c.label)):
+        if _best(simulated, limit):
+            break
+        if candidate.label not in {
+            each.label for each in simulated
+        }:  # what is in flight beside the floor did not fit: those that hold less
+            simulated.append(estimator.simulate(candidate))
     best = _best(simulated, limit)
     if best is None:
         raise _nothing(workload, simulated, limit)

@@ -101,7 +101,7 @@ def _swapped(first: str, second: str, order: list[str], measured: dict[str, floa
 
 def _measure(here: network.Shaped, name: str, model: str, steps: int, overlap: int, folder: Path) -> float:
     out, log = folder / "out.json", folder / "log"
-    system = f"zc:{name}" + (f",overlap={overlap}" if overlap else "")
+    system = f"zc:{name},overlap={overlap}"
     task = Task(system, model, SIZES, 1, steps, 2, str(out))
     command = [sys.executable, "-m", "zcompile.bench.rank", json.dumps(asdict(task))]
     if not here.run(command, {"TORCH_CPP_LOG_LEVEL": "ERROR"}, log, TIMEOUT):
