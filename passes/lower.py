@@ -115,8 +115,8 @@ class _Lowering:
             return [whole.clone() for whole in wholes] if copies else wholes  # an output may not be a view of a copy
 
         wholes = self._insert(gather, ("gather", wait, copies), [group[0].args[1]], specs, group[0])
-        for node in wholes:
-            node.meta[WHOLE] = True
+        for node, spec in zip(wholes, specs, strict=True):
+            node.meta[WHOLE] = spec.name
         self._replace(group, wholes)
 
     def reduce(self, group: list[Node]) -> None:

@@ -40,7 +40,7 @@ TRANSFER = "zc_transfer"
 PART = "zc_part"
 """meta key of one parameter's part of a bucket's reduced buffer: (the buffer's node, number of the part)."""
 WHOLE = "zc_whole"
-"""meta key of a node that is a gathered weight: its unpack may be a copy, which no view leads to."""
+"""meta key of a node that is a gathered weight, its parameter's name: its unpack may be a copy, which no view leads to."""
 
 VIEWS_AND_CASTS = {
     aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten._unsafe_view.default,

@@ -1,18 +1,20 @@
-"""tag: nothing derived from a gather is saved for backward; the backward gathers again from the compute copy.
+"""tag: nothing derived from a gather is saved for backward but what the option `keep` pays for; the backward gathers the rest again.
 
-Requires: a joint graph after `merge`.
-Guarantees: every gather, and what is one through views and casts, is tagged MUST_RECOMPUTE; compute copies and main grads are
-exempt from version checks (both are written between a forward and its backward: see Note [Main grads are not saved tensors] in ops).
+Requires: a joint graph after `merge`; `context.keep`, bytes of gathered weights that the forward may leave for the backward.
+Guarantees: every gather, and what is one through views and casts, is tagged MUST_RECOMPUTE; the gathers of the units that are read last,
+which a backward begins with, MUST_SAVE as long as they fit into `keep`, whole units and only those that travel. Compute copies and main
+grads are exempt from version checks (both are written between a forward and its backward: see Note [Main grads are not saved tensors] in
+ops).
 Leaves alone: the user's own checkpointing tags on everything else.
 """
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import GATHER, buffers_of, derived, find
+from zcompile.passes.nodes import GATHER, buffers_of, derived, find, spec_of
 
 NAME = "tag"
 GRAPH_ID = 1_000_000
@@ -28,7 +30,14 @@ def run(gm: GraphModule, context: Context) -> None:
     for node in derived(gathers):
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         node.meta["ac_graph_id"] = GRAPH_ID
-    context.note(f"{len(gathers)} gathers are done again in backward")
+    kept = _kept(gathers, context)
+    for node in kept:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    context.kept = {context.parameter(node) for node in kept}
+    context.note(
+        f"{len(gathers) - len(kept)} gathers are done again in backward"
+        + (f", {len(kept)} are kept: {sum(map(_bytes, kept))} of {context.keep} bytes" if context.keep else "")
+    )
     for node in gathers:
         for buffer in buffers_of(node):
             buffer.meta[NO_VERSION_CHECK] = True
@@ -36,5 +45,29 @@ def run(gm: GraphModule, context: Context) -> None:
 
 def check(gm: GraphModule, context: Context) -> None:
     for node in find(gm.graph, GATHER) if context.stage == "joint" else ():
-        if node.meta.get("recompute") is not CheckpointPolicy.MUST_RECOMPUTE:
+        right = (
+            CheckpointPolicy.MUST_SAVE if context.parameter(node) in context.kept else CheckpointPolicy.MUST_RECOMPUTE
+        )
+        if node.meta.get("recompute") is not right:
             raise AssertionError(f"gather of {context.parameter(node)} is not tagged")
+
+
+def _kept(gathers: list[Node], context: Context) -> list[Node]:
+    units: dict[str, list[Node]] = {}
+    for node in gathers:
+        if spec_of(node).w:  # a copy that is whole on each rank is there anyway
+            units.setdefault(spec_of(node).unit, []).append(node)
+    at = {node: number for number, node in enumerate(gathers)}
+    left, kept = context.keep, []
+    for nodes in sorted(units.values(), key=lambda nodes: -max(at[node] for node in nodes)):
+        size = sum(map(_bytes, nodes))
+        if size <= left:
+            left -= size
+            kept += nodes
+    return kept
+
+
+def _bytes(gather: Node) -> int:
+    value = gather.meta["val"]
+    size: int = value.numel() * value.itemsize
+    return size

@@ -2,7 +2,8 @@
 
 Requires: a lowered graph.
 Guarantees: each collective has exactly one wait and nothing else reads it; each wait is of a collective or of a compute copy; no
-value saved for backward derives from a gather; the bytes of the collectives equal the closed forms of the transfers.
+value saved for backward derives from a gather that `tag` did not keep; the bytes of the collectives equal the closed forms of the
+transfers.
 Leaves alone: the graph.
 """
 
@@ -50,7 +51,7 @@ def check(gm: GraphModule, context: Context) -> None:
             raise AssertionError(f"{source.format_node()} is waited for twice")
         waited.add(source)
     if context.stage == "forward":
-        _check_saved(gm)
+        _check_saved(gm, context.kept)
     compiled = traffic(gm)
     if compiled != context.predicted:
         raise AssertionError(f"bytes of the graph {compiled} differ from the closed forms {context.predicted}")
@@ -67,7 +68,7 @@ def traffic(gm: GraphModule) -> cost.Bytes:
     return total
 
 
-def _check_saved(gm: GraphModule) -> None:
+def _check_saved(gm: GraphModule, kept: set[str]) -> None:
     output = next(node for node in gm.graph.nodes if node.op == "output")
     visible = set(output.meta.get("user_visible_output_idxs", ()))
     wholes = [node for node in gm.graph.nodes if WHOLE in node.meta]
@@ -75,5 +76,5 @@ def _check_saved(gm: GraphModule) -> None:
         wholes + find(gm.graph, PEER_GATHER) + [user for node in find(gm.graph, ALL_GATHER) for user in node.users]
     )
     for index, value in enumerate(output.args[0]):
-        if index not in visible and value in gathered:
+        if index not in visible and value in gathered and value.meta.get(WHOLE) not in kept:
             raise AssertionError(f"{value.format_node()} is saved for backward and derives from a gather")

@@ -92,6 +92,8 @@ class Compilation:
         self.options = options
         self.number = next(Compilation._numbers)
         self.decompositions: dict[Any, Any] = {}
+        self.kept: set[str] = set()
+        """Parameters whose gathered weights the forward leaves for the backward."""
         self.dump = self._dump()
         self.observer = self.dump.observe
 
@@ -114,6 +116,7 @@ class Compilation:
         """On the joint graph (and on an inference graph, before `half`)."""
         context = self._context("joint")
         runner.run(gm, passes.JOINT, context, self.observer)
+        self.kept = context.kept
         self.dump.finish(context)
 
     def half(self, gm: GraphModule, example_inputs: Sequence[Any], **details: Any) -> Callable[[list[Any]], Any]:
@@ -169,7 +172,15 @@ class Compilation:
 
     def _context(self, stage: str) -> Context:
         options, name = self.options, f"graph {self.number} {stage}"
-        return Context(stage, self.engine.plan, name=name, overlap=options.overlap, memory=options.memory)
+        return Context(
+            stage,
+            self.engine.plan,
+            name=name,
+            overlap=options.overlap,
+            memory=options.memory,
+            keep=options.keep,
+            kept=self.kept,
+        )
 
     def _dump(self) -> Dump:
         from zcompile.debug.dump import Dump

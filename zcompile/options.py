@@ -29,6 +29,8 @@ class Options:
             each hop where it is launched; more hide more and keep so many more buckets in memory. Compiled graphs only.
         memory: bytes that transfers under way may hold, gathers and reductions each, beside the bucket that is needed next; 0: no bound but
             that of `overlap`.
+        keep: bytes of gathered weights that a forward leaves for its backward, which does not gather them again: whole units, those that
+            are read last first; 0: none. Compiled graphs only.
         timeout: seconds a rank waits for another, at set-up, at an agreement and in a collective, before it looks who is missing and
             raises FaultError.
         compile_timeout: seconds a rank waits for another that is alive and compiles.
@@ -48,6 +50,7 @@ class Options:
     dump_ranks: str = ""
     overlap: int = 2
     memory: int = 0
+    keep: int = 0
     timeout: float = 600.0
     compile_timeout: float = 3600.0
     sync_init: bool = False
@@ -73,8 +76,10 @@ class Options:
                 raise ValueError(f"option {name}={value!r}: must be a positive number of seconds")
         if isinstance(self.overlap, bool) or not isinstance(self.overlap, int) or not 0 <= self.overlap <= 64:
             raise ValueError(f"option overlap={self.overlap!r}: must be a number of buckets, from 0 to 64")
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int) or self.memory < 0:
-            raise ValueError(f"option memory={self.memory!r}: must be a number of bytes, or 0 for no bound")
+        for name, none in (("memory", "for no bound"), ("keep", "to keep nothing")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"option {name}={value!r}: must be a number of bytes, or 0 {none}")
         if self.memory and not self.overlap:
             raise ValueError(
                 f"option memory={self.memory}: bounds what overlap keeps under way, which is 0; give overlap= too"

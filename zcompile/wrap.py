@@ -250,7 +250,7 @@ def _agree(runtime: Runtime, model: nn.Module, plan: Any, compute: dict[str, tor
         "zcompile": __version__, "torch": torch.__version__, "plan": plan.describe().splitlines(), "plan key": plan.key,
         "options": {
             "codegen": options.codegen, "checks": options.checks, "sync_init": options.sync_init, "overlap": options.overlap,
-            "memory": options.memory, "nonfinite": options.nonfinite,
+            "memory": options.memory, "keep": options.keep, "nonfinite": options.nonfinite,
         },
         "parameters": [
             [names[0][0], list(p.shape), str(compute[names[0][0]]), p.requires_grad] for p, names in named_owners(model).items()

@@ -68,3 +68,31 @@ def test_the_contract_names_a_gather_without_a_tag() -> None:
     gm = hand.output(hand.gather(w, hand.copy(w)))
     with pytest.raises(AssertionError, match="gather of w is not tagged"):
         tag.check(gm, hand.context)
+
+
+def stack(keep: int, w: int = 1) -> list[str]:
+    """Names of the kept ones of three layers of 128 bytes each, the second of two parameters; read in order."""
+    hand = Hand("joint")
+    hand.context.keep = keep
+    units = [
+        unit(dict.fromkeys(names, shape), unit=names, w=w)
+        for names, shape in (("a", (8, 4)), ("bc", (4, 4)), ("d", (8, 4)))
+    ]
+    copies = [hand.copy(specs[0]) for specs in units]
+    hand.output(*(hand.gather(spec, copy) for specs, copy in zip(units, copies, strict=True) for spec in specs))
+    hand.run(tag)
+    saved = [n for n in hand.gm.graph.nodes if n.meta.get("recompute") is CheckpointPolicy.MUST_SAVE]
+    assert {hand.context.parameter(node) for node in saved} == hand.context.kept
+    return sorted(hand.context.kept)
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [(0, ""), (127, ""), (128, "d"), (255, "d"), (256, "bcd"), (384, "abcd"), (1 << 40, "abcd")],
+)
+def test_what_is_read_last_is_kept_first_in_whole_units(keep: int, kept: str) -> None:
+    assert stack(keep) == list(kept)
+
+
+def test_a_copy_that_is_whole_anyway_is_not_kept() -> None:
+    assert stack(1 << 40, w=0) == []

@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dtype in which weights are gathered (default: the model's; bf16 for named shapes)",
     )
     option("--overlap", type=int, help="buckets in flight (default: 2, or what a script says)")
+    option(
+        "--keep",
+        type=int,
+        metavar="BYTES",
+        help="gathered weights that a forward leaves for its backward (default: none)",
+    )
     option("--memory", type=int, metavar="BYTES", help="bound for what is in flight (default: none)")
     option("--micro-batches", type=int, default=1, metavar="N", help="of a step (default: %(default)s)")
     option("--sequence", type=int, metavar="N", help="tokens per sample of a named shape (default: its own)")
@@ -119,7 +125,7 @@ def _prepare(arguments: argparse.Namespace) -> Any:
     """Everything that can be wrong with the arguments is found here; returns what runs the model."""
     topology = Topology.parse(arguments.topology)
     settings: dict[str, Any] = {"dump": str(arguments.out or ""), "dump_ranks": str(arguments.rank), "codegen": False}
-    for name in ("overlap", "memory"):
+    for name in ("overlap", "memory", "keep"):
         if getattr(arguments, name) is not None:
             settings[name] = getattr(arguments, name)
     if arguments.compute_dtype is not None:
