@@ -35,17 +35,17 @@ def bench(*arguments: str, timeout: float = 500) -> subprocess.CompletedProcess[
 def test_systems_side_by_side_train_the_same(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(OWN)
-    names = f"fsdp2 ddp own={own}:make zc:zero_topo,compute=fp32,codegen=False"
+    names = f"fsdp2 own={own}:make zc:zero_topo,compute=fp32,codegen=False"
     target, picture = tmp_path / "found.json", tmp_path / "found.png"
     done = bench("--model", "tiny", "--topology", "2x2", "--steps", "2", "--repetitions", "2", "--systems", names,
                  "--json", str(target), "--chart", str(picture))  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(target.read_text())
     rows = found["systems"]
-    assert list(rows) == ["fsdp2", "ddp", "own", "zc:zero_topo,compute=fp32,codegen=False"]
+    assert list(rows) == ["fsdp2", "own", "zc:zero_topo,compute=fp32,codegen=False"]
     assert [run["system"] for run in found["runs"]] == 2 * found["order"], "A B C, then A B C again"
     for row in rows.values():
-        assert row["loss"] == pytest.approx(rows["ddp"]["loss"], abs=1e-4) and row["runs"] == 2
+        assert row["loss"] == pytest.approx(rows["own"]["loss"], abs=1e-4) and row["runs"] == 2
         assert row["seconds"] > 0 and row["peak_bytes"] > 0 and row["ratio"] >= 1
     assert found["tokens_per_step"] == 4 * 32 and found["fastest"] in rows and found["fastest"] in done.stdout
     assert picture.read_bytes()[:4] == b"\x89PNG"

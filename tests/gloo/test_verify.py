@@ -1,6 +1,6 @@
 """`zcompile verify`: every preset on every shape of machine against DDP and the reference; and that it sees what is wrong.
 
-The whole matrix and the dozen through Inductor are marked slow. The quick suite has a handful of cells, and every fault is put in there.
+The whole matrix and what goes through Inductor are marked slow. The quick suite has a handful of cells, and every fault is put in there.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class Matrix:
         return self._found[key]
 
 
+INDUCTOR = [cell for cell in verify.DOZEN if cell[:2] in verify.EXACT or cell[0] == "zero3"]
+
+
 @pytest.fixture(scope="module")
 def matrix(ranks: Ranks) -> Matrix:
     return Matrix(verify.cells(mode="eager"), ranks(8))
@@ -54,7 +57,10 @@ def graphs(ranks: Ranks) -> Matrix:
 
 @pytest.fixture(scope="module")
 def dozen(ranks: Ranks) -> Matrix:
-    return Matrix(verify.cells(mode="code"), ranks(8))
+    return Matrix(
+        [cell for cell in verify.cells(mode="code") if (cell.plan, cell.topology, cell.micro_batches) in INDUCTOR],
+        ranks(8),
+    )
 
 
 def passes(cell: verify.Cell) -> None:
@@ -83,9 +89,9 @@ def test_requirement_1_through_the_passes(graphs: Matrix, cell: tuple[str, str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", verify.DOZEN, ids=lambda cell: "-".join(map(str, cell)))
+@pytest.mark.parametrize("cell", INDUCTOR, ids=lambda cell: "-".join(map(str, cell)))
 def test_through_inductor(dozen: Matrix, cell: tuple[str, str, int]) -> None:
-    """Invariant 4 with code generation: bits are the reference's in the model in which fusion changes none (trial.Pointwise)."""
+    """Invariant 4 with code generation, of the dozen those whose bits can be compared and flat sharding; bits are the reference's in the model in which fusion changes none (trial.Pointwise)."""
     passes(dozen[cell])
     assert dozen[cell].bit_equal == (True if cell[:2] in verify.EXACT else None)
 
