@@ -91,7 +91,8 @@ def test_requirement_1_through_the_passes(graphs: Matrix, cell: tuple[str, str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", INDUCTOR, ids=lambda cell: "-".join(map(str, cell)))
 def test_through_inductor(dozen: Matrix, cell: tuple[str, str, int]) -> None:
-    """Invariant 4 with code generation, of the dozen those whose bits can be compared and flat sharding; bits are the reference's in the model in which fusion changes none (trial.Pointwise)."""
+    """Invariant 4 with code generation, of the dozen those whose bits can be compared (in the model in which fusion changes none,
+    trial.Pointwise), and flat sharding."""
     passes(dozen[cell])
     assert dozen[cell].bit_equal == (True if cell[:2] in verify.EXACT else None)
 
