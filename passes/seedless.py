@@ -26,6 +26,8 @@ def unwrap(gm: GraphModule, mode: Any) -> int:
         mode: the fake mode of the graph's values.
     """
     count = 0
+    for state in _states(gm):
+        state.meta["val"] = _settled(state.meta["val"], mode)
     for node in find(gm.graph, run_and_save_rng_state):
         if not _draws(*node.args, **node.kwargs):
             _unwrap_forward(node)
@@ -36,6 +38,20 @@ def unwrap(gm: GraphModule, mode: Any) -> int:
             _unwrap_backward(node, mode)
             count += 1
     return count
+
+
+def _states(gm: GraphModule) -> list[Node]:
+    """The nodes that are random states: results in a forward, inputs in a backward."""
+    saved = [item for node in find(gm.graph, run_and_save_rng_state) for item in node.users if item.args[1] == 0]
+    return saved + [node.args[0] for node in find(gm.graph, run_with_rng_state) if isinstance(node.args[0], Node)]
+
+
+def _settled(state: torch.Tensor, mode: Any) -> torch.Tensor:
+    """The value of a state with a number for its size: torch gives it a symbol, which no schedule can price."""
+    lengths: list[Any] = list(state.shape)
+    size = [length.node.hint if isinstance(length, torch.SymInt) else length for length in lengths]
+    with mode:
+        return torch.empty(size, dtype=state.dtype, device=state.device)
 
 
 def _draws(op: Any, *args: Any, **keywords: Any) -> bool:
@@ -56,8 +72,8 @@ def _unwrap_forward(node: Node) -> None:
                 made = graph.call_function(op, tuple(rest), node.kwargs)  # type: ignore[arg-type]
             else:
                 state: torch.Tensor = item.meta["val"]
-                size, keywords = list(state.shape), {"dtype": state.dtype, "device": state.device, "pin_memory": False}
-                made = graph.call_function(aten.full.default, (size, 0), keywords)
+                size, keywords = list(state.shape), {"dtype": state.dtype, "device": state.device}
+                made = graph.call_function(aten.full.default, (size, 0), keywords)  # type: ignore[arg-type]
         made.meta = dict(item.meta)
         item.replace_all_uses_with(made)
         graph.erase_node(item)
@@ -65,6 +81,7 @@ def _unwrap_forward(node: Node) -> None:
 
 
 def _unwrap_backward(node: Node, mode: Any) -> None:
+    op: Any
     graph, (_, op, *rest) = node.graph, node.args
     with graph.inserting_before(node):
         made = graph.call_function(op, tuple(rest), node.kwargs)  # type: ignore[arg-type]
@@ -72,6 +89,6 @@ def _unwrap_backward(node: Node, mode: Any) -> None:
     if "val" not in made.meta:  # torch gives the wrapped one none
         args, keywords = map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
         with mode:
-            made.meta["val"] = op(*args, **keywords)  # type: ignore[operator]
+            made.meta["val"] = op(*args, **keywords)
     node.replace_all_uses_with(made)
     graph.erase_node(node)
