@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zcompile.kernels.code import BITS, SCALES, Code
-from zcompile.kernels.geometry import Geometry
+from zcompile.kernels.geometry import Geometry, Piece
 
 COLUMNS = ("source", "own", "joint", "valid", "codes", "scales", "blocks", "slots")
 """source: index of the parameter, or of the rank in a table of peers. own: element in the parameter's own tensor. joint: element in
@@ -48,7 +48,7 @@ def tiles(geometry: Geometry, code: Code, ranks: int = 1) -> Tensor:
         count = piece.n // code.block
         first = torch.arange(0, count, step, dtype=torch.int64)[None, :]
         blocks = (count - first).clamp(max=step)
-        spans = torch.tensor([piece.span(r) for r in range(geometry.rows)], dtype=torch.int64).view(-1, 2)
+        spans = _spans(piece, geometry.rows)
         own = spans[:, :1] + first * code.block
         codes = begin + records[index]
         end = codes + code.code_bytes(piece.n)
@@ -70,5 +70,11 @@ def tiles(geometry: Geometry, code: Code, ranks: int = 1) -> Tensor:
 
 def odd(geometry: Geometry) -> bool:
     """Does any parameter begin or end, in any row, where a lane's UNIT values would straddle it?"""
-    spans = (piece.span(row) for piece in geometry.pieces for row in range(geometry.rows))
-    return any(start % UNIT or valid % UNIT for start, valid in spans)
+    return any(bool((_spans(piece, geometry.rows) % UNIT).any()) for piece in geometry.pieces)
+
+
+def _spans(piece: Piece, rows: int) -> Tensor:
+    """[rows, 2] int64: (start, valid) of each row."""
+    if not piece.spans:
+        return torch.stack([torch.arange(rows) * piece.n, torch.full((rows,), piece.n)], dim=1)
+    return torch.tensor([piece.span(row) for row in range(rows)], dtype=torch.int64).view(-1, 2)

@@ -6,18 +6,73 @@ the plain values there are two arrangements:
     flat     one tensor [rows, sum of n], the parameters' pieces side by side in each row
     whole    one tensor per parameter, of `numel` values; row r of the message holds values [start, start + valid) of `spans[r]`
              and zeros up to n. Without spans, values [r n, (r + 1) n).
+
+Spans of shards are a `Cut`, whose size does not grow with the number of rows: a machine of 75,264 ranks has as many.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import overload
 
 from zcompile.kernels.code import Code
 
 LANE = 64
 """A parameter begins at a multiple of this many values in a buffer that holds several whole ones."""
+
+
+def chunk(rows: int, parts: int, index: int) -> tuple[int, int]:
+    """(start, length) of chunk `index` as `torch.chunk` cuts `rows` into `parts` (later chunks may be short or empty)."""
+    size = -(-rows // parts)
+    start = min(index * size, rows)
+    return start, min(size, rows - start)
+
+
+def nested(rows: int, sizes: tuple[int, ...], index: int) -> tuple[int, int]:
+    """(first row, rows) of piece `index` of `rows` cut into chunks, each of them into chunks, and so on: `sizes[0]` is the first cut."""
+    start, left = 0, math.prod(sizes)
+    for size in sizes:
+        left //= size
+        inner, rows = chunk(rows, size, index // left % size)
+        start += inner
+    return start, rows
+
+
+@dataclass(frozen=True)
+class Cut(Sequence[tuple[int, int]]):
+    """Spans by closed form: `rows` rows of `row` values, cut into nested chunks of `sizes`, each of those into `parts` stretches of n
+    values, the last of which may be short or empty."""
+
+    n: int
+    rows: int
+    row: int
+    parts: int
+    sizes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.parts * math.prod(self.sizes)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[tuple[int, int], ...]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, int] | tuple[tuple[int, int], ...]:
+        if isinstance(index, slice):
+            return tuple(self[each] for each in range(*index.indices(len(self))))
+        if not 0 <= index < len(self):
+            raise IndexError(f"stretch {index} of {len(self)}")
+        shard, part = divmod(index, self.parts)
+        first, rows = nested(self.rows, self.sizes, shard)
+        length = rows * self.row
+        begin = min(part * self.n, length)
+        return first * self.row + begin, min(length - begin, self.n)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return (self[index] for index in range(len(self)))
 
 
 @dataclass(frozen=True)
@@ -26,7 +81,7 @@ class Piece:
 
     n: int
     numel: int
-    spans: tuple[tuple[int, int], ...] = ()
+    spans: tuple[tuple[int, int], ...] | Cut = ()
 
     def span(self, row: int) -> tuple[int, int]:
         """(start, valid) of a row."""
@@ -47,15 +102,15 @@ class Geometry:
     @cached_property
     def text(self) -> str:
         """The argument of the kernels; `Geometry.parse` is its inverse."""
-        pieces = [[piece.n, piece.numel, *(value for span in piece.spans for value in span)] for piece in self.pieces]
-        return json.dumps([self.rows, int(self.flat), pieces], separators=(",", ":"))
+        return json.dumps(
+            [self.rows, int(self.flat), [_numbers(piece) for piece in self.pieces]], separators=(",", ":")
+        )
 
     @staticmethod
     @cache
     def parse(text: str) -> Geometry:
         rows, flat, pieces = json.loads(text)
-        made = [Piece(n, numel, tuple(zip(rest[::2], rest[1::2], strict=True))) for n, numel, *rest in pieces]
-        return Geometry(rows, tuple(made), bool(flat))
+        return Geometry(rows, tuple(_piece(*numbers) for numbers in pieces), bool(flat))
 
     @cached_property
     def width(self) -> int:
@@ -85,3 +140,17 @@ class Geometry:
 
     def message_bytes(self, code: Code) -> int:
         return self.rows * self.records(code)[-1]
+
+
+def _numbers(piece: Piece) -> list[int | list[int]]:
+    """[n, numel], and the spans: one after another, or a list of a cut's numbers."""
+    if isinstance(cut := piece.spans, Cut):
+        return [piece.n, piece.numel, [cut.rows, cut.row, cut.parts, *cut.sizes]]
+    return [piece.n, piece.numel, *(value for span in piece.spans for value in span)]
+
+
+def _piece(n: int, numel: int, *rest: int | list[int]) -> Piece:
+    if rest and isinstance(rest[0], list):
+        rows, row, parts, *sizes = rest[0]
+        return Piece(n, numel, Cut(n, rows, row, parts, tuple(sizes)))
+    return Piece(n, numel, tuple(zip(rest[::2], rest[1::2], strict=True)))  # type: ignore[arg-type]

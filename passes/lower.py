@@ -3,7 +3,7 @@
 Requires: a graph after `bucket`.
 Guarantees: no semantic op is left; every inserted node has `meta["val"]`, the names of its parameters and its transfer; one pack
 before the first reduce hop, none between hops, one unpack after the last; a sync that follows its own bucket's reduce takes its
-buffer as it is.
+buffer as it is; attention without dropout that is computed again carries no random state (zcompile.passes.seedless).
 Leaves alone: everything else. What is inserted is traced from the functions the eager ops run (zcompile.transfers): equal bits.
 """
 
@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 from zcompile import transfers
 from zcompile.layout import ParamSpec
 from zcompile.ops import needs_wait
+from zcompile.passes import seedless
 from zcompile.passes.bucket import KEY
 from zcompile.passes.context import Context
 from zcompile.passes.nodes import (
@@ -57,6 +58,8 @@ _TEMPLATES: dict[object, GraphModule] = {}
 
 def run(gm: GraphModule, context: Context) -> None:
     lowering = _Lowering(gm, context)
+    if count := seedless.unwrap(gm, lowering.mode):
+        context.note(f"{count} operations that are computed again draw nothing: no random state is kept for them")
     buckets: dict[int, list[Node]] = {}
     for node in find(gm.graph, *SEMANTIC):
         buckets.setdefault(node.meta[KEY], []).append(node)

@@ -274,4 +274,7 @@ def pack_flags(flags: Sequence[bool]) -> list[int]:
 
 def set_anywhere(rows: Sequence[Sequence[int]], count: int) -> list[bool]:
     """Which of `count` flags some rank has set; `rows` are the packed flags of every rank."""
-    return [any(row[i // _FLAGS] >> (i % _FLAGS) & 1 for row in rows) for i in range(count)]
+    words = [0] * -(-count // _FLAGS)
+    for row in {tuple(row) for row in rows}:  # most ranks say the same: the work is of ranks or of flags, not of both
+        words = [have | word for have, word in zip(words, row, strict=True)]
+    return [bool(words[i // _FLAGS] >> (i % _FLAGS) & 1) for i in range(count)]

@@ -26,6 +26,7 @@ from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
 
+from zcompile.kernels.geometry import nested
 from zcompile.wire import COMPUTE_FORMATS, WireFormat
 
 
@@ -37,11 +38,30 @@ def extents(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(out)
 
 
-def chunk(rows: int, parts: int, index: int) -> tuple[int, int]:
-    """(start, length) of chunk `index` as `torch.chunk` cuts `rows` into `parts` (later chunks may be short or empty)."""
-    size = -(-rows // parts)
-    start = min(index * size, rows)
-    return start, min(size, rows - start)
+ALIKE = 16
+"""Equal shards in a row from which on a pack or unpack takes them in one operation, not one each: graphs do not grow with the machine."""
+
+
+def _runs(rows: int, sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(shards, rows of each) of nested chunks in their order; equal neighbours are one run, and chunks that are cut alike are cut once."""
+    if not sizes:
+        return ((1, rows),)
+    size, inner = sizes[0], sizes[1:]
+    each = -(-rows // size)
+    full = rows // each if each else size
+    short = rows - full * each
+    found: list[tuple[int, int]] = []
+    equal, tail = _runs(each, inner), _runs(short, inner) if short else ()
+    repeated = ((equal[0][0] * full, equal[0][1]),) if len(equal) == 1 else equal * full
+    empty = (size - full - bool(short)) * math.prod(inner)
+    for shards, length in (*repeated, *tail, (empty, 0)):
+        if not shards:
+            continue
+        if found and found[-1][1] == length:
+            found[-1] = (found[-1][0] + shards, length)
+        else:
+            found.append((shards, length))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -107,16 +127,9 @@ class Layout:
         return self.shard * (self.shards // self.extents[placement])
 
     @cached_property
-    def _ranges(self) -> tuple[tuple[int, int], ...]:
-        """(first row, rows) of every shard in index order: nested chunks, the fastest level first."""
-        found = [(0, self.rows)]
-        for size in self.sizes[: self.o]:
-            found = [
-                (start + inner, length)
-                for start, rows in found
-                for inner, length in (chunk(rows, size, j) for j in range(size))
-            ]
-        return tuple(found)
+    def cuts(self) -> tuple[int, ...]:
+        """How many chunks each level makes of one, fastest level first."""
+        return self.sizes[: self.o]
 
     def index(self, coordinates: tuple[int, ...]) -> int:
         """Shard index of the rank at `coordinates` (c_1..c_m): the coordinates beyond o do not matter."""
@@ -127,7 +140,7 @@ class Layout:
 
     def local_rows(self, coordinates: tuple[int, ...]) -> tuple[int, int]:
         """(first row, rows) that the rank at `coordinates` owns; rows may be 0 at the tail of an uneven cut."""
-        return self._ranges[self.index(coordinates)]
+        return nested(self.rows, self.cuts, self.index(coordinates))
 
     @cached_property
     def dense(self) -> bool:
@@ -135,31 +148,34 @@ class Layout:
         return self.shards * self.shard == self.numel
 
     @cached_property
-    def segments(self) -> tuple[tuple[int, int, int], ...]:
-        """(first element, first element in the padded whole, elements): neighbours in both are merged; static, equal on all ranks."""
-        merged: list[tuple[int, int, int]] = []
-        for index, (start, rows) in enumerate(self._ranges):
-            source, target, length = start * self.row, index * self.shard, rows * self.row
-            if not length:
-                continue
-            if merged:
-                first, padded, before = merged[-1]
-                if first + before == source and padded + before == target:
-                    merged[-1] = (first, padded, before + length)
-                    continue
-            merged.append((source, target, length))
-        return tuple(merged)
+    def segments(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(first element, first element in the padded whole, elements, shards), in order, without empty ones; static, equal on all ranks.
 
-    def spans(self, width: int) -> tuple[tuple[int, int], ...]:
-        """(first element, elements) of each stretch of `width` of the padded whole (`shard` or `piece`); () if none has a hole."""
-        if self.dense:
-            return ()
-        found = []
-        for start, rows in self._ranges:
-            first, length = start * self.row, rows * self.row
-            for begin in range(0, self.shard, width) if self.shard else ():
-                found.append((first + min(begin, length), max(0, min(length - begin, width))))
-        return tuple(found)
+        Neighbours without a hole between them are one segment of one shard. From `ALIKE` equal shards on, with a hole behind each, they
+        are one segment too: so many `shards` of so many elements each.
+        """
+        merged: list[tuple[int, int, int, int]] = []
+
+        def add(source: int, target: int, length: int) -> None:
+            if merged:
+                first, padded, before, shards = merged[-1]
+                if shards == 1 and first + before == source and padded + before == target:
+                    merged[-1] = (first, padded, before + length, 1)
+                    return
+            merged.append((source, target, length, 1))
+
+        source = target = 0
+        for shards, rows in _runs(self.rows, self.cuts):
+            length = rows * self.row
+            if length and length == self.shard:
+                add(source, target, shards * length)
+            elif length and shards >= ALIKE:
+                merged.append((source, target, length, shards))
+            else:
+                for each in range(shards if length else 0):
+                    add(source + each * length, target + each * self.shard, length)
+            source, target = source + shards * length, target + shards * self.shard
+        return tuple(merged)
 
 
 @dataclass(frozen=True)

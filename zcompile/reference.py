@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from zcompile.kernels import reference as quantisers
-from zcompile.kernels.geometry import Geometry, Piece
+from zcompile.kernels.geometry import Geometry
 from zcompile.layout import Layout
 from zcompile.params import kind_of, named_owners
 from zcompile.plan import ResolvedPlan
+from zcompile.transfers import shard_piece
 from zcompile.wire import COMPUTE_FORMATS, WireFormat
 
 Hop = tuple[int, str]
@@ -78,9 +79,7 @@ class Order:
         casts = [] if delta else [wire.text for wire in refreshed]
         casts += [gathered[0] if gathered else native, *gathered, native]
         layout = Layout(tuple(shape), sizes, o, wires.block)
-        blocks = Geometry(
-            layout.shards * layout.replicas, (Piece(layout.piece, numel, layout.spans(layout.piece)),), False
-        )
+        blocks = Geometry(layout.shards * layout.replicas, (shard_piece(layout, layout.replicas),), False)
         return cls(
             reduce=tuple((sizes[j], wires.reduce[j].text) for j in travelling if j < g),
             sync=tuple((sizes[j], wires.sync[j].text) for j in travelling if j >= g),

@@ -39,18 +39,17 @@ SHAPES = {
 }
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
-    """Causal. fused: on the meta device too, where torch would take its scores apart, which no device that this stands for does."""
-    if q.is_meta and fused:
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal; fused on the meta device too, where torch would take its scores apart, which no device that this stands for does."""
+    if q.is_meta:
         found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
         return found
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Block(nn.Module):
-    def __init__(self, shape: Shape, fused: bool = True):
+    def __init__(self, shape: Shape):
         super().__init__()
-        self.fused = fused
         h = shape.hidden
         self.heads, self.size = shape.heads, h // shape.heads
         self.rotary = self.size // 4 // 2 * 2
@@ -62,7 +61,7 @@ class Block(nn.Module):
         b, t, h = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(b, t, self.heads, 3, self.size).permute(3, 0, 2, 1, 4)
         q, k = self._rotate(q, cos, sin), self._rotate(k, cos, sin)
-        a = _attention(q, k, v, self.fused).transpose(1, 2).reshape(b, t, h)
+        a = _attention(q, k, v).transpose(1, 2).reshape(b, t, h)
         return x + self.proj(a) + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,8 +77,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.recompute = recompute
         self.embed = nn.Embedding(shape.vocabulary, shape.hidden)
-        # What may draw random numbers, as fused attention may, is recomputed in a wrapper that the passes do not take yet.
-        self.blocks = nn.ModuleList(Block(shape, fused=not recompute) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.hidden)
         self.head = nn.Linear(shape.hidden, shape.vocabulary, bias=False)
         rotary = shape.hidden // shape.heads // 4 // 2

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zcompile.kernels import ops as kernels
-from zcompile.kernels.geometry import Geometry, Piece
+from zcompile.kernels.geometry import Cut, Geometry, Piece
 from zcompile.kernels.ordered_sum import ordered_sum
 from zcompile.layout import Layout, ParamSpec
 from zcompile.wire import COMPUTE_FORMATS, WireFormat
@@ -41,9 +41,15 @@ def flat_geometry(rows: int, specs: Sequence[ParamSpec], pieces: bool = False) -
 def whole_geometry(specs: Sequence[ParamSpec], pieces: bool = False) -> Geometry:
     """Of whole parameters beside messages that have a row for each shard (`pieces`: for each shard and replica)."""
     first = specs[0].layout
-    widths = [spec.layout.piece if pieces else spec.layout.shard for spec in specs]
-    found = tuple(Piece(n, s.layout.numel, s.layout.spans(n)) for s, n in zip(specs, widths, strict=True))
-    return Geometry(first.shards * (first.replicas if pieces else 1), found, False)
+    parts = first.replicas if pieces else 1
+    return Geometry(first.shards * parts, tuple(shard_piece(spec.layout, parts) for spec in specs), False)
+
+
+def shard_piece(layout: Layout, parts: int) -> Piece:
+    """A whole parameter beside rows that hold a `parts`-th of a shard each."""
+    n = layout.shard // parts
+    cut = Cut(n, layout.rows, layout.row, parts, layout.cuts)
+    return Piece(n, layout.numel, () if layout.dense else cut)
 
 
 def convert(x: Tensor, have: WireFormat, want: WireFormat, geometry: Geometry) -> Tensor:
@@ -226,7 +232,7 @@ def residual(x: Tensor, spec: ParamSpec, transfer: str) -> Tensor:
 def pack(grads: Sequence[Tensor], specs: Sequence[ParamSpec]) -> Tensor:
     """Whole gradients -> flat [E_o, replicas, sum of pieces]: the one copy before the first reduce hop."""
     parts = [
-        _pad(grad.reshape(-1), spec.layout).view(spec.layout.shards, spec.layout.replicas, spec.layout.piece)
+        pack_one(grad.reshape(-1), spec.layout).view(spec.layout.shards, spec.layout.replicas, spec.layout.piece)
         for grad, spec in zip(grads, specs, strict=True)
     ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).reshape(-1)
@@ -256,7 +262,13 @@ def unpack(x: Tensor, layout: Layout) -> Tensor:
     if layout.dense:
         return x.reshape(layout.shape)
     flat = x.reshape(-1)
-    parts = [flat.narrow(0, padded, length) for _, padded, length in layout.segments]
+    parts = []
+    for _, padded, length, shards in layout.segments:
+        if shards == 1:
+            parts.append(flat.narrow(0, padded, length))
+        else:
+            rows = flat.narrow(0, padded, shards * layout.shard).view(shards, layout.shard)
+            parts.append(rows.narrow(1, 0, length).reshape(-1))
     if len(parts) == 1:
         return parts[0].view(layout.shape)
     if not parts:
@@ -264,19 +276,27 @@ def unpack(x: Tensor, layout: Layout) -> Tensor:
     return torch.cat(parts).view(layout.shape)
 
 
-def _pad(flat: Tensor, layout: Layout) -> Tensor:
-    """[numel] -> [shards * shard], zeros in the holes."""
+def pack_one(flat: Tensor, layout: Layout) -> Tensor:
+    """One parameter, flat: [numel] -> [shards * shard], zeros in the holes."""
     if layout.dense:
         return flat
     parts, end = [], 0
-    for start, padded, length in layout.segments:
+    for start, padded, length, shards in layout.segments:
         if padded > end:
             parts.append(flat.new_zeros(padded - end))
-        parts.append(flat.narrow(0, start, length))
-        end = padded + length
+        values = flat.narrow(0, start, shards * length)
+        if shards == 1:
+            parts.append(values)
+            end = padded + length
+        else:
+            holes = flat.new_zeros(shards, layout.shard - length)
+            parts.append(torch.cat([values.view(shards, length), holes], dim=1).view(-1))
+            end = padded + shards * layout.shard
     total = layout.shards * layout.shard
     if total > end:
         parts.append(flat.new_zeros(total - end))
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat(parts) if parts else flat.new_zeros(0)
 
 

@@ -8,14 +8,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.spawn import Pool
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 
+from zcompile.debug.paper import world
+from zcompile.passes.nodes import aten, find
 from zcompile.plan import Plan
 from zcompile.planner.search import Request
 from zcompile.planner.skeleton import Skeleton
 from zcompile.planner.step import of_skeleton, play
 from zcompile.planner.traced import simulate
 from zcompile.planner.workload import of_text
+from zcompile.shapes import SHAPES, Decoder
 from zcompile.topology import Topology
+from zcompile.wrap import hierarchical_zero
+
+FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def both(_: int, plan: Any, k: int) -> tuple[Any, Any]:
@@ -45,3 +52,28 @@ def test_a_skeleton_is_what_the_compiler_makes(paper: Pool, plan: Plan, k: int) 
     assert skeleton[2] == pytest.approx(real[2], rel=0.15)
     assert skeleton[4]["weights"] == real[4]["weights"]
     assert skeleton[3] == pytest.approx(real[3], rel=0.35)
+
+
+def recomputed(_: int) -> list[tuple[int, int]]:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    torch._dynamo.reset()
+    topology = Topology.parse("2x2x2")
+    with torch.device("meta"):
+        module = Decoder(SHAPES["tiny"], recompute=True)
+    with world(topology):
+        model: Any = hierarchical_zero(
+            module, topology=topology, plan="zero_topo", codegen=False, fullgraph=True, device="meta", overlap=2
+        )
+        model.zero.graphs = []
+        model(torch.zeros(1, 33, dtype=torch.int64, device="meta")).backward()
+        return [
+            (len(find(gm.graph, FLASH)), len(find(gm.graph, run_and_save_rng_state, run_with_rng_state)))
+            for _, gm in model.zero.graphs
+        ]
+
+
+def test_fused_attention_is_computed_again_on_paper(paper: Pool) -> None:
+    """torch's partitioner wraps it in what keeps a random state, of a size that is a symbol, and cannot run on the meta device."""
+    found, *_ = paper.run(recomputed, timeout=400.0)
+    assert found == [(2, 0), (2, 0)], "two layers, forward and backward; none is wrapped"
