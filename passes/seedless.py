@@ -10,10 +10,10 @@ import operator
 from typing import Any
 
 import torch
-from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from zcompile._torch_compat import run_and_save_rng_state, run_with_rng_state
 from zcompile.passes.nodes import aten, find
 
 

@@ -36,6 +36,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.decorators import skip, skip_code
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state  # read from torch 2.13
 from torch._subclasses import FakeTensorMode  # read from torch 2.13
 from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import (
@@ -62,6 +63,8 @@ __all__ = [
     "number_of_groups",
     "register_group",
     "resolve_group",
+    "run_and_save_rng_state",
+    "run_with_rng_state",
     "set_element",
     "set_group_timeout",
     "unregister_group",

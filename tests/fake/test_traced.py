@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.spawn import Pool
-from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 
+from zcompile._torch_compat import run_and_save_rng_state, run_with_rng_state
 from zcompile.debug.paper import world
 from zcompile.passes.nodes import aten, find
 from zcompile.plan import Plan

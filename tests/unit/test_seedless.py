@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from support.graphs import Hand, targets, unit
-from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 from torch.fx import Node
 
+from zcompile._torch_compat import run_and_save_rng_state, run_with_rng_state
 from zcompile.passes import LOWERED
 from zcompile.passes.nodes import aten
 
