@@ -81,7 +81,12 @@ def test_a_shaped_network_limits_and_counts() -> None:
         pytest.skip(f"this kernel has no such network: {done.stderr.strip()[-200:]}")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout)["systems"]
-    ours = rows["zc:zero_topo,codegen=False"]["bytes"]
+    ours, waits = (rows["zc:zero_topo,codegen=False"][what] for what in ("bytes", "exposed"))
+    assert (
+        list(waits) == ["pair", "node", "cluster", "refresh"]
+        and waits["cluster"] + waits["refresh"] > 0
+        and not rows["ddp"]["exposed"]
+    )
     assert all(rows["ddp"]["bytes"][level] > 0 for level in ("pair", "node", "cluster"))
     assert ours["cluster"] < rows["ddp"]["bytes"]["cluster"], "a quarter of the gradient crosses nodes, not all of it"
     assert spaces() == before, "it takes its network down"

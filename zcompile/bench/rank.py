@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from zcompile.bench import systems
 from zcompile.bench.network import read_counters
 from zcompile.launcher import init_from_launcher
 from zcompile.machines import Device
+from zcompile.overlap import measured
 from zcompile.shapes import SHAPES, Decoder, Shape
 from zcompile.times import EFFICIENCY
 from zcompile.topology import Topology
@@ -125,6 +126,7 @@ def measure(task: Task) -> dict[str, Any]:
     peak = memory.peak()
     dist.barrier()
     after = read_counters() if rank == 0 else {}
+    exposed = _exposed(trainer, tokens[-1], setting.topology.names) if trainer.ours else {}
     mine = {
         "seconds": seconds / task.steps,
         "cpu": cpu / task.steps,
@@ -143,7 +145,17 @@ def measure(task: Task) -> dict[str, Any]:
         "peak_bytes": max(each["peak"] for each in everyone),
         "losses": [statistics.fmean(loss) for loss in zip(*(each["losses"] for each in everyone), strict=True)],
         "bytes": {level: (after[level] - before[level]) / task.steps for level in before},
+        "exposed": exposed,
     }
+
+
+def _exposed(trainer: systems.Trainer, tokens: Tensor, levels: Sequence[str]) -> dict[str, float]:
+    """Seconds that this rank waits for each level's hops, and for refreshes, in one more step, under torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        trainer.step(tokens)
+        trainer.finish()
+    found = measured(profile)
+    return {**{level: found.level(level).exposed for level in levels}, "refresh": found.refresh_exposed}
 
 
 class _Memory:

@@ -18,7 +18,8 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
 
     result["systems"]: label -> {"seconds": mean, "spread": [lowest, highest repetition], "ratio": of the fastest system's seconds,
     "tokens_per_second", "cpu_seconds" (all ranks, a step), "peak_bytes" (of the rank with the most), "bytes" (level -> a step, at the
-    interfaces), "loss" (after the last step), "setup_seconds", "runs", "error" (of a system that did not run)}; result["fastest"].
+    interfaces), "loss" (after the last step), "exposed" (of zcompile's: level or "refresh" -> seconds of rank 0
+    in waits, in a step under the profiler), "setup_seconds", "runs", "error" (of a system that did not run)}; result["fastest"].
     """
     rows: dict[str, Any] = {}
     for name in result["order"]:
@@ -36,6 +37,7 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
             "cpu_seconds": statistics.fmean(run["cpu_seconds"] for run in runs),
             "peak_bytes": max(run["peak_bytes"] for run in runs),
             "bytes": {level: statistics.fmean(run["bytes"][level] for run in runs) for level in runs[0]["bytes"]},
+            "exposed": {level: statistics.fmean(run["exposed"][level] for run in runs) for level in runs[0]["exposed"]},
             "loss": runs[-1]["losses"][-1],
             "setup_seconds": statistics.fmean(run["setup_seconds"] for run in runs),
             "runs": len(runs),
@@ -96,6 +98,12 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     for name, row in result["systems"].items():
         if "error" in row:
             console.print(f"{name}: {row['error']}", style="red", markup=False)
+    for name, row in result["systems"].items():
+        if row.get("exposed"):
+            waits = ", ".join(f"{level} {seconds:.3f} s" for level, seconds in row["exposed"].items())
+            console.print(
+                f"{name} waits for {waits} (rank 0, a step under torch's profiler)", markup=False, highlight=False
+            )
     console.print(verdict(result), markup=False)
 
 

@@ -40,11 +40,12 @@ class Setting:
 
 @dataclass
 class Trainer:
-    """step(tokens) -> loss: one optimizer step. finish(): waits for what of it is still under way."""
+    """step(tokens) -> loss: one optimizer step. finish(): waits for what of it is still under way. `ours`: hops leave spans in a trace."""
 
     step: Callable[[Tensor], Tensor]
     finish: Callable[[], None] = lambda: None
     model: Any = None
+    ours: bool = False
 
 
 System = Callable[[nn.Module, Setting], Trainer]
@@ -181,7 +182,7 @@ def ours(
         rules = tuple(Rule(f"{name}.weight", gather="int8", reduce="int4") for name in named)
         plan = replace(plan, rules=(*rules, *plan.rules))
     wrapped = hierarchical_zero(model, topology=setting.topology, plan=plan, compute_dtype=compute, **options)
-    return _ordinary(wrapped, _adamw(wrapped, setting))
+    return replace(_ordinary(wrapped, _adamw(wrapped, setting)), ours=True)
 
 
 PEERS: dict[str, System] = {
