@@ -6,8 +6,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 CACHE := $(CURDIR)/build/cache
 ARGS ?=
-# A file's tests share ranks, so files are what is handed out; two at a time is what two cores carry.
-PARALLEL := -n 2 --dist loadfile
 
 # `kernels` is also a public package: the repository root must not be on the module path (see pyproject.toml).
 export PYTHONSAFEPATH := 1
@@ -36,10 +34,10 @@ convergence: $(VENV)/.installed
 	$(BIN)/python examples/convergence.py $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "" $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest -m "" $(ARGS)
 
 test-quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
