@@ -2,14 +2,14 @@
 
 Requires: a graph after `quantize`, each hop followed by its wait; `context.overlap`, the number of buckets in flight (0: all stays), and
 `context.memory`, the bytes that they may take (0: no bound of its own).
-Guarantees: a list schedule over a lane that computes and a lane per level; hops take what zcompile.times gives, products take as long as
-their weights are large, see Note [No shapes]: a bucket's gather is
-launched as soon as it may be (so many buckets before it is needed, and not before its copy is expected to be fresh), its next hop when
-the one before is expected to have arrived, and its last wait and its unpack stand where it is needed (in flight a quantised bucket is
-its codes). A reduction is launched where its gradients are there; what follows a hop (its wait, the next hop, what becomes of the sum)
-stands where it is expected to have arrived, or at the graph's end. At most `overlap` + 1 gathered buckets and as many reduced ones are in
-flight, however deep the model is: where there would be more, the one that arrives first is waited for. The order is a function of the
-graph's weights and the machine's data alone: equal on all ranks, whatever batch each of them has.
+Guarantees: a list schedule over a lane that computes and a lane per level; hops take what zcompile.times gives, products as long as their
+weights are large, see Note [No shapes]. A bucket's gather is launched as soon as it may be (so many buckets before it is needed, and not
+before its copy is expected to be fresh), its next hop when the one before is expected to have arrived, and its last wait and its unpack
+stand where it is needed (in flight a quantised bucket is its codes). A reduction is launched where its gradients are there; what follows a
+hop (its wait, the next hop, what becomes of the sum) stands where it is expected to have arrived, or at the graph's end. At most `overlap`
++ 1 gathered buckets and as many reduced ones are in flight, however deep the model is: where there would be more, the one that arrives
+first is waited for. The order is a function of the graph's weights and the machine's data alone: equal on all ranks, whatever batch each
+of them has.
 Leaves alone: the nodes, what they read and thereby the bits; the order of everything that computes; the order of nodes that write one
 buffer; a graph in which it cannot show that (it says so in a note).
 
@@ -32,7 +32,7 @@ from torch.fx import Graph, GraphModule, Node
 from zcompile.passes.context import Context
 from zcompile.passes.nodes import COLLECTIVES, PEER_GATHER, TRAFFIC, WAIT, arrange, collective_of, find
 from zcompile.passes.work import weights_at_work
-from zcompile.times import Lanes, hop_seconds, is_free, node_seconds
+from zcompile.times import Lanes, hop_seconds, is_free, node_seconds, value_bytes
 
 NAME = "schedule"
 
@@ -264,8 +264,7 @@ class _Schedule:
                 self._advance(earlier)
         while not chain.over:
             self._catch_up(max(self.now, chain.arrives))
-            if not chain.over:
-                self._advance(chain)
+            self._advance(chain)
 
     def _room(self, chain: _Chain) -> None:
         """A reduction is launched next: no more than so many are in flight."""
@@ -345,8 +344,7 @@ class _Schedule:
 
 
 def _bytes(node: Node) -> int:
-    value = node.meta.get("val")
-    return value.numel() * value.itemsize if isinstance(value, torch.Tensor) else 0
+    return value_bytes(node.meta.get("val"))
 
 
 def _ancestors(node: Node) -> set[Node]:

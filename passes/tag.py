@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from zcompile.passes.context import Context
 from zcompile.passes.nodes import GATHER, buffers_of, derived, find, spec_of
+from zcompile.times import value_bytes
 
 NAME = "tag"
 GRAPH_ID = 1_000_000
@@ -54,12 +55,11 @@ def check(gm: GraphModule, context: Context) -> None:
 
 def _kept(gathers: list[Node], context: Context) -> list[Node]:
     units: dict[str, list[Node]] = {}
-    for node in gathers:
+    for node in reversed(gathers):  # units come in the order of their last reads, the last one first
         if spec_of(node).w:  # a copy that is whole on each rank is there anyway
             units.setdefault(spec_of(node).unit, []).append(node)
-    at = {node: number for number, node in enumerate(gathers)}
     left, kept = context.keep, []
-    for nodes in sorted(units.values(), key=lambda nodes: -max(at[node] for node in nodes)):
+    for nodes in units.values():
         size = sum(map(_bytes, nodes))
         if size <= left:
             left -= size
@@ -68,6 +68,4 @@ def _kept(gathers: list[Node], context: Context) -> list[Node]:
 
 
 def _bytes(gather: Node) -> int:
-    value = gather.meta["val"]
-    size: int = value.numel() * value.itemsize
-    return size
+    return value_bytes(gather.meta["val"])

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Node
 
-from zcompile.passes.nodes import COLLECTIVES, PEER_GATHER, QUANTIZERS, WAIT, aten, collective_of
+from zcompile.passes.nodes import COLLECTIVES, QUANTIZERS, TRAFFIC, VIEWS_AND_CASTS, WAIT, aten, collective_of
 from zcompile.times import is_free, is_pointwise, is_product
 
-_COPIES = (aten.cat.default, aten.clone.default, aten._to_copy.default, aten.constant_pad_nd.default,
-           torch.ops.prims.convert_element_type.default)  # fmt: skip
+_MOVES = {aten.cat.default, aten.constant_pad_nd.default, *VIEWS_AND_CASTS, *QUANTIZERS}
+"""What hands a gradient on, beside views of every kind."""
 
 WEIGHTS = "zc_weights"
 """meta key of a node that stands for a stretch of a graph: elements of weights that its products read or make gradients of."""
@@ -48,7 +48,7 @@ def _gathers(node: Node) -> bool:
     """Whether the node's value is a weight, or a message with weights."""
     if node.target is WAIT:
         node = node.args[0]  # type: ignore[assignment]
-    return (node.target in COLLECTIVES or node.target is PEER_GATHER) and collective_of(node).transfer == "gather"
+    return node.target in TRAFFIC and collective_of(node).transfer == "gather"
 
 
 def _products(launch: Node) -> list[Node]:
@@ -63,7 +63,7 @@ def _products(launch: Node) -> list[Node]:
         seen.add(node)
         if is_product(node.target):
             found.append(node)
-        elif is_free(node.target) or is_pointwise(node.target) or node.target in _COPIES + QUANTIZERS:
+        elif is_free(node.target) or is_pointwise(node.target) or node.target in _MOVES:
             queue += node.all_input_nodes
     return found
 

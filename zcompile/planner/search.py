@@ -271,9 +271,8 @@ def search(
     for candidate in sorted([*fitting, *pool], key=lambda c: (c.floor, c.label)):
         if _best(simulated, limit):
             break
-        if candidate.label not in {
-            each.label for each in simulated
-        }:  # what is in flight beside the floor did not fit: those that hold less
+        # What is in flight beside the floor did not fit: those that hold less are next.
+        if candidate.label not in {each.label for each in simulated}:
             simulated.append(estimator.simulate(candidate))
     best = _best(simulated, limit)
     if best is None:
