@@ -2,77 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import page as browser
 from support import paper as world
+from support.page import CHROMIUM, DRIVER, Page
 from support.spawn import Pool
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-DRIVER = shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         CHROMIUM is None or DRIVER is None, reason="needs chromium and chromedriver (apt-get install chromium-driver)"
     ),
 ]
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--window-size=1400,900")  # fmt: skip
-
-
-class Page:
-    """A page in a browser."""
-
-    def __init__(self, driver: Any, path: Path) -> None:
-        self.driver = driver
-        driver.get(path.as_uri())
-        self.until("return document.documentElement.dataset.ready")
-
-    def until(self, script: str, seconds: float = 120.0) -> Any:
-        """What a script returns, as soon as it is something."""
-        end = time.monotonic() + seconds
-        while not (found := self.driver.execute_script(script)):
-            assert time.monotonic() < end, script
-            time.sleep(0.1)
-        return found
-
-    def run(self, script: str) -> Any:
-        """The value of an expression, awaited."""
-        code = (
-            f"const done = arguments[0]; (async () => {script})().then((v) => done([v]), (e) => done(String(e.stack)))"
-        )
-        found = self.driver.execute_async_script(code)
-        assert isinstance(found, list), found
-        return found[0]
-
-    def text(self, selector: str) -> str:
-        return str(self.driver.execute_script(f"return document.querySelector({selector!r}).innerText"))
-
-    def point(self, chart: str, x: str, y: str) -> Any:
-        """The pointer moves to a place in a chart's own coordinates; returns the actions, to click there."""
-        from selenium.webdriver import ActionChains
-
-        plot = "zc.graph.plot" if chart == "graph" else "zc.timeline.plot"
-        at = self.run(
-            f"(() => {{ const view = Bokeh.index.find_one({plot}), box = view.el.getBoundingClientRect(), frame = view.frame.bbox;"
-            f" const {{ x_range: xs, y_range: ys, inner_width: w, inner_height: h }} = {plot};"
-            f" return [box.x + frame.left + (w * ({x} - xs.start)) / (xs.end - xs.start),"
-            f" box.y + frame.top + (h * (ys.end - ({y}))) / (ys.end - ys.start)]; }})()"
-        )
-        actions = ActionChains(self.driver)
-        actions.w3c_actions.pointer_action.move_to_location(int(at[0]) - 3, int(at[1]))
-        actions.w3c_actions.pointer_action.move_to_location(int(at[0]), int(at[1]))
-        actions.perform()
-        return ActionChains(self.driver).click()
-
-    def errors(self) -> list[str]:
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
 
 
 def dump(_: int, folder: str, **settings: Any) -> None:
@@ -88,17 +33,8 @@ def report(paper: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    found.set_script_timeout(120)
-    yield found
-    found.quit()
+    with browser.browser(tmp_path_factory.mktemp("chromium")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +190,10 @@ def test_odd_names_are_names(paper: Pool, driver: Any, tmp_path: Path) -> None:
     page.run("zc.turn('graph')")
     assert any("</script><b>" in label for label in page.run("zc.graph.boxes.map((b) => zc.graph.label(b.item))"))
     assert page.errors() == []
+
+
+def test_the_speed_of_a_page_is_measured_on_moves_that_light_something(report: Path) -> None:
+    """What `python tests/support/page.py` prints; how fast is no test's matter."""
+    found = browser.speed(report, points=5)
+    assert found["lit"] == 1 and found["moves"] >= 5
+    assert 0 < found["first_paint_ms"] <= found["ready_ms"] and 0 < found["hover_ms"] <= found["hover_worst_ms"]

@@ -29,6 +29,7 @@ Object.assign(zc, {
       }
     });
     for (const view of [this.graph, this.programs]) if (view.started) await view.open(this.stages.includes(view.stage) ? view.stage : this.stages[0]);
+    performance.mark("ready");
     document.documentElement.dataset.ready = "true";
   },
 
