@@ -104,7 +104,8 @@ _HOVER = """(async () => {
 
 def speed(report: Path, *, points: int = 40) -> dict[str, float]:
     """Milliseconds: `first_paint` and `ready` from the start of loading, `hover` from a move of the pointer onto a block of the timeline
-    to the frame that shows what it lights (median and worst of `points` blocks, spread over the step); `lit`: the part of moves that lit one."""
+    to the frame that shows what it lights (median and worst of `points` blocks, spread over the step);
+    `lit`: the part of moves that lit one."""
     with tempfile.TemporaryDirectory() as folder, browser(Path(folder)) as driver:
         page = Page(driver, report)
         paint = page.run(
