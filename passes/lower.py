@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from zcompile import transfers
+from zcompile import cost, transfers
 from zcompile.layout import ParamSpec
 from zcompile.ops import needs_wait
 from zcompile.passes import seedless
@@ -30,10 +30,12 @@ from zcompile.passes.nodes import (
     GATHER,
     PART,
     REDUCE,
+    REFRESH,
     SEMANTIC,
     SUM,
     TRAFFIC,
     TRANSFER,
+    WAIT,
     WHOLE,
     WIRE,
     add_of,
@@ -109,15 +111,16 @@ class _Lowering:
     def gather(self, group: list[Node]) -> None:
         specs = [spec_of(node) for node in group]
         wait = self.context.stage != "backward" and needs_wait(specs[0])
-        copies = any(user.op == "output" for node in group for user in node.users)
+        given = any(user.op == "output" for node in group for user in node.users)
 
         def gather(copy: torch.Tensor) -> list[torch.Tensor]:
             if wait:
                 copy = torch.ops._c10d_functional.wait_tensor(copy)
             wholes = transfers.gather(copy, specs)
-            return [whole.clone() for whole in wholes] if copies else wholes  # an output may not be a view of a copy
+            own = copy.untyped_storage()._cdata  # an output may not be a view of a copy
+            return [w.clone() if given and w.untyped_storage()._cdata == own else w for w in wholes]
 
-        wholes = self._insert(gather, ("gather", wait, copies), [group[0].args[1]], specs, group[0])
+        wholes = self._insert(gather, ("gather", wait, given), [group[0].args[1]], specs, group[0])
         for node, spec in zip(wholes, specs, strict=True):
             node.meta[WHOLE] = spec.name
         self._replace(group, wholes)
@@ -217,6 +220,8 @@ class _Lowering:
                     copied.meta = {k: v for k, v in anchor.meta.items() if k in _INHERITED}
                     copied.meta["val"] = cast(Any, copied.target)(*args, **kwargs)
                     copied.meta["zc_parameters"], copied.meta[TRANSFER] = names, transfer
+                    if node.target is WAIT and copied.args[0] in inputs:
+                        copied.meta[REFRESH] = cost.refresh_hops(specs)
                     if node.target in TRAFFIC:
                         wire = _wire_of(copied, specs[0])
                         if wire.quantized:

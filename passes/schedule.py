@@ -1,7 +1,7 @@
 """schedule: hops are under way while the graph computes.
 
 Requires: a graph after `quantize`, each hop followed by its wait; `context.overlap`, the number of buckets in flight (0: all stays), and
-`context.memory`, the bytes that they may take (0: no bound of its own).
+`context.memory`, the bytes that those of either direction may take (0: no bound of its own; a bucket alone is always allowed).
 Guarantees: a list schedule over a lane that computes and a lane per level; hops take what zcompile.times gives, products as long as their
 weights are large, see Note [No shapes]. A bucket's gather is launched as soon as it may be (so many buckets before it is needed, and not
 before its copy is expected to be fresh), its next hop when the one before is expected to have arrived, and its last wait and its unpack
@@ -30,7 +30,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import COLLECTIVES, PEER_GATHER, TRAFFIC, WAIT, arrange, collective_of, find
+from zcompile.passes.nodes import COLLECTIVES, PEER_GATHER, REFRESH, TRAFFIC, WAIT, arrange, collective_of, find
 from zcompile.passes.work import weights_at_work
 from zcompile.times import Lanes, hop_seconds, is_free, node_seconds, value_bytes
 
@@ -71,6 +71,9 @@ def check(gm: GraphModule, context: Context) -> None:
     limit = 2 * (context.overlap + 1)  # gathers and reductions, one hop of each bucket
     if max(flying, default=0) > limit:
         raise AssertionError(f"{max(flying)} hops in flight at once; with overlap {context.overlap}: at most {limit}")
+    most = max((amount for buckets, amount in bytes_in_flight(gm) if buckets > 1), default=0)
+    if context.memory and most > context.memory:
+        raise AssertionError(f"{most} bytes in flight at once; with memory {context.memory}")
 
 
 def in_flight(gm: GraphModule) -> list[int]:
@@ -85,6 +88,42 @@ def in_flight(gm: GraphModule) -> list[int]:
     return found
 
 
+def bytes_in_flight(gm: GraphModule) -> list[tuple[int, int]]:
+    """At each collective's launch: buckets of its direction (gathers, reductions) between their first launch and their last wait, and
+    the bytes that these hold.
+    """
+    size: dict[tuple[bool, tuple[str, ...]], int] = {}
+    last: dict[tuple[bool, tuple[str, ...]], Node] = {}
+    hops = find(gm.graph, *COLLECTIVES, WAIT)
+    for node in hops:
+        if node.target in COLLECTIVES:
+            key = _bucket(node)
+            size[key] = max(size.get(key, 0), held(node, copy=key[0] and key not in size))
+            last[key] = next(user for user in node.users if user.target is WAIT)
+    found, open_ = [], set()
+    for node in hops:
+        if node.target in COLLECTIVES:
+            key = _bucket(node)
+            open_.add(key)
+            beside = [size[each] for each in open_ if each[0] == key[0]]
+            found.append((len(beside), sum(beside)))
+        else:
+            open_ -= {key for key, wait in last.items() if wait is node}
+    return found
+
+
+def _bucket(launch: Node) -> tuple[bool, tuple[str, ...]]:
+    """Whether it is gathered, and its parameters."""
+    entry = collective_of(launch)
+    return entry.transfer == "gather", entry.parameters
+
+
+def held(launch: Node, *, copy: bool = False) -> int:
+    """Bytes that a hop under way keeps: what it receives and, unless that is a copy of weights, which is there anyway, what it sends."""
+    sent = 0 if copy else sum(value_bytes(node.meta.get("val")) for node in launch.all_input_nodes)
+    return sent + value_bytes(launch.meta.get("val"))
+
+
 @dataclass
 class _Chain:
     """One bucket's transfer, cut behind each launch.
@@ -92,7 +131,7 @@ class _Chain:
     Attributes:
         stages: nodes; the first stage ends with the first launch, the last has none.
         place: where its last stage is needed (gathers), or its first stands (reductions).
-        size: bytes that it holds while in flight.
+        size: bytes that it holds while in flight: what its largest hop sends (a copy of weights is there anyway) and receives.
         done: stages that have been placed.
         arrives: when what the next stage waits for is expected.
     """
@@ -107,7 +146,7 @@ class _Chain:
         for node in nodes:
             self.stages[-1].append(node)
             if node.target in COLLECTIVES:
-                self.size = max(self.size, _bytes(node))
+                self.size = max(self.size, held(node, copy=len(self.stages) == 1))
                 self.stages.append([])
 
     @property
@@ -124,9 +163,8 @@ class _Schedule:
         self.stage, self.overlap, self.memory = context.stage, context.overlap, context.memory
         self.topology = context.plan.topology
         self.lanes = Lanes(self.topology.levels)
-        self.fresh: dict[Node, float] = {}
-        """Waits for a refresh: when its copy is expected."""
-        self.gathers = self._gathers(context)
+        self.fresh = self._refreshed(self.lanes)
+        self.gathers = self._gathers()
         self.reductions = self._reductions()
         self.seconds = self._shares()
         self.now = 0.0
@@ -166,9 +204,12 @@ class _Schedule:
         its level's links work.
         """
         busy = dict.fromkeys(self.lanes.levels, 0.0)
-        busy[self.topology.levels[-1].name] = max(self.fresh.values(), default=0.0)
         seconds = {}
-        for node in (node for node in self.nodes if node.target in TRAFFIC):
+        for node in self.nodes:
+            for level, received in node.meta.get(REFRESH, ()):
+                busy[level] += hop_seconds(self.lanes.levels[level], received)
+            if node.target not in TRAFFIC:
+                continue
             entry = collective_of(node)
             taken = hop_seconds(self.lanes.levels[entry.level], entry.bytes)
             busy[entry.level] += taken
@@ -183,6 +224,7 @@ class _Schedule:
         "refresh": for a copy.
         """
         lanes, now = Lanes(self.topology.levels), 0.0
+        fresh = self._refreshed(lanes)
         arrives: dict[Node, float] = {}
         exposed: dict[str, float] = {}
         for node in order:
@@ -194,7 +236,7 @@ class _Schedule:
                 now += hop_seconds(lanes.levels[entry.level], entry.bytes)
             elif node.target is WAIT:
                 hop = node.args[0]
-                then = arrives.get(hop, self.fresh.get(node, 0.0))  # type: ignore[arg-type]
+                then = arrives.get(hop, fresh.get(node, 0.0))  # type: ignore[arg-type]
                 if then > now:
                     what = collective_of(hop).level if hop in arrives else "refresh"  # type: ignore[arg-type]
                     exposed[what] = exposed.get(what, 0.0) + then - now
@@ -276,7 +318,7 @@ class _Schedule:
 
     # -- what the graph holds ----------------------------------------------------------------------------------------------------
 
-    def _gathers(self, context: Context) -> list[_Chain]:
+    def _gathers(self) -> list[_Chain]:
         last: dict[tuple[str, ...], Node] = {}
         for node in self.nodes:
             if node.target in COLLECTIVES and collective_of(node).transfer == "gather":
@@ -291,20 +333,22 @@ class _Schedule:
             chain.append(nodes)
             found.append(chain)
         found.sort(key=lambda chain: chain.place)
-        if context.stage != "backward":
-            self._expect_refreshes(found, context)
+        for chain in found:  # none is launched before its copy is expected
+            chain.arrives = max((self.fresh.get(node, 0.0) for node in chain.stages[0]), default=0.0)
         return found
 
-    def _expect_refreshes(self, chains: list[_Chain], context: Context) -> None:
-        """A forward begins with the refresh of its copies, one after the other: no gather is launched before its copy is expected."""
-        slowest = context.plan.topology.levels[-1]
-        arrives = 0.0
-        for chain in chains:
-            waits = [node for node in chain.stages[0] if node.target is WAIT]
-            if waits:
-                arrives += hop_seconds(slowest, _bytes(waits[0]) * (slowest.size - 1) // slowest.size)
-                chain.arrives = arrives
-                self.fresh |= dict.fromkeys(waits, arrives)
+    def _refreshed(self, lanes: Lanes) -> dict[Node, float]:
+        """Waits for a copy: when it is expected. A forward begins with the refresh of its copies, one after the other, each level busy
+        with another one.
+        """
+        found = {}
+        for node in self.nodes:
+            arrives = 0.0
+            for level, received in node.meta.get(REFRESH, ()):
+                _, arrives = lanes.launch(level, received, arrives)
+            if arrives:
+                found[node] = arrives
+        return found
 
     def _reductions(self) -> list[_Chain]:
         found: list[_Chain] = []
@@ -315,7 +359,7 @@ class _Schedule:
             starts = node.target in COLLECTIVES and collective_of(node).transfer != "gather" and not before
             if starts:
                 bucket[node], stage[node] = len(found), 0
-                found.append(_Chain(self.at[node], [[node], []], _bytes(node)))
+                found.append(_Chain(self.at[node], [[node], []], held(node)))
             elif before and node.op != "output":
                 number = bucket[node] = max(bucket[arg] for arg in before)
                 stage[node] = max(stage[arg] + (arg.target in COLLECTIVES) for arg in before)
@@ -341,10 +385,6 @@ class _Schedule:
                 if any((self.at[user] < self.at[node]) != (new[user] < new[node]) for user in users - {node}):
                     return False
         return True
-
-
-def _bytes(node: Node) -> int:
-    return value_bytes(node.meta.get("val"))
 
 
 def _ancestors(node: Node) -> set[Node]:

@@ -102,6 +102,15 @@ def transfer_bytes(spec: ParamSpec, transfer: str) -> Bytes:
     return _sum(spec, transfer, transfer_levels(spec, transfer))
 
 
+def refresh_hops(specs: Iterable[ParamSpec]) -> tuple[tuple[str, int], ...]:
+    """The hops that refresh the copies of one unit, in their order: level, bytes that one rank receives."""
+    found: dict[str, int] = {}
+    for spec in specs:
+        for (level, _), amount in transfer_bytes(spec, "refresh").items():
+            found[level] = found.get(level, 0) + amount
+    return tuple(found.items())
+
+
 def full_refresh_bytes(spec: ParamSpec) -> Bytes:
     """The same of a refresh that sends the weights themselves where others send deltas: in the compute dtype."""
     native = WireFormat.parse("native").resolved(spec.compute)

@@ -27,8 +27,8 @@ class Options:
             ledger, trace and report.
         overlap: buckets whose transfers are under way while the graph computes, in either direction, however deep the model: 0 waits for
             each hop where it is launched; more hide more and keep so many more buckets in memory. Compiled graphs only.
-        memory: bytes that transfers under way may hold, gathers and reductions each, beside the bucket that is needed next; 0: no bound but
-            that of `overlap`.
+        memory: bytes that transfers under way may hold, what they send and what they receive, gathers and reductions each; one bucket
+            is always under way, whatever it takes. 0: no bound but that of `overlap`.
         keep: bytes of gathered weights that a forward leaves for its backward, which does not gather them again: whole units, those that
             are read last first; 0: none. Compiled graphs only.
         timeout: seconds a rank waits for another, at set-up, at an agreement and in a collective, before it looks who is missing and

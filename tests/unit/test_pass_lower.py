@@ -46,6 +46,17 @@ def test_a_gather_over_three_levels_goes_outermost_first_and_every_node_has_a_va
     assert not set(between(hand, next(iter(hand.gm.graph.nodes)), gathers[0])) & set(COPIES), "a copy before the first"
 
 
+@pytest.mark.parametrize("w", [0, 1])
+def test_a_weight_that_is_given_away_is_copied_only_where_it_is_a_view_of_a_copy(w: int) -> None:
+    """What a forward keeps for its backward: a hop's result may be kept as it is, a copy would be overwritten by the next refresh."""
+    hand = Hand("forward")
+    (spec,) = unit({"a": (8, 8)}, w=w)
+    hand.output(hand.gather(spec, hand.copy(spec)))
+    hand.run(*LOWERED)
+    assert len(targets(hand.gm, aten.clone.default)) == 1 - w
+    assert len(targets(hand.gm, ALL_GATHER)) == w
+
+
 def test_collectives_carry_the_names_of_all_their_parameters() -> None:
     hand = backward(Hand("backward"), {"a": (8, 8), "b": (16, 8)})
     found = [collective_of(node) for node in targets(hand.gm, *COLLECTIVES)]

@@ -8,9 +8,11 @@ import pytest
 from support.graphs import Hand, targets, unit
 from torch.fx import Node
 
+from zcompile import cost
 from zcompile.passes import LOWERED, schedule
 from zcompile.passes.nodes import COLLECTIVES, WAIT, aten, collective_of
 from zcompile.passes.work import weights_at_work
+from zcompile.simulator import Noise, Player, Refresh
 
 INT4, INT8 = "int4/256/bf16/nearest", "int8/256/bf16/nearest"
 DEPTH = 6
@@ -48,9 +50,12 @@ def layers(
     return hand
 
 
-def gradients(overlap: int, *, mains: bool = False, balance: float = 1.0, rows: int = 64, **formats: str) -> Hand:
+def gradients(
+    overlap: int, *, mains: bool = False, balance: float = 1.0, rows: int = 64, memory: int = 0, **formats: str
+) -> Hand:
     """A backward: of each weight a product that makes its gradient, which is reduced; summed onto mains, or synced."""
     hand = Hand("backward", overlap=overlap)
+    hand.context.memory = memory
     specs = [unit({f"w{n}": (64, 64)}, unit=f"u{n}", block=256 if formats else 1, **formats)[0] for n in range(DEPTH)]
     sums = [hand.input(f"main_{n}", spec.layout.width(spec.g)) for n, spec in enumerate(specs)] if mains else []
     x, y, out = hand.input("x", 64, rows), hand.input("y", rows, 64), []
@@ -100,6 +105,19 @@ def test_no_gather_is_launched_before_its_copy_is_expected_to_be_fresh() -> None
     assert "GGG" in story(layers(2, balance=LONG)), "where products are long, the copies are there by the next one"
 
 
+def test_copies_are_expected_when_the_simulator_has_them() -> None:
+    """One clock: the refresh is ordered by the hops that it has, not by the size of a copy."""
+    for formats in ({}, {"gather": INT8, "refresh": "int4-delta/256/bf16/nearest"}):
+        hand = layers(2, **formats)
+        made = schedule._Schedule(hand.gm.graph, hand.context)
+        player = Player(hand.context.plan.topology, Noise())
+        waits = [node for node in targets(hand.gm, WAIT) if node in made.fresh]
+        specs = [unit({f"w{n}": (64, 64)}, block=256 if formats else 1, **formats)[0] for n in range(DEPTH)]  # type: ignore[arg-type]
+        player.refresh([Refresh((s.name,), tuple((*hop, "") for hop in cost.refresh_hops([s]))) for s in specs])
+        assert len(cost.refresh_hops(specs)) == 2, "node and cluster"
+        assert [made.fresh[node] for node in waits] == list(player.arrivals.values()) and len(waits) == DEPTH
+
+
 def test_the_hops_of_a_bucket_go_over_different_levels_at_once() -> None:
     hand = layers(2, three=True, balance=LONG)
     hops = [(collective_of(node).level, collective_of(node).parameters[0]) for node in targets(hand.gm, *COLLECTIVES)]
@@ -126,12 +144,33 @@ def test_where_too_many_are_in_flight_the_first_to_arrive_is_waited_for(overlap:
     assert found.startswith("mR" * (overlap + 1) + "mw"), "and no sooner"
 
 
-def test_memory_bounds_what_is_in_flight_in_bytes() -> None:
-    one = 64 * 64 * 4  # a gathered weight
-    free = schedule.in_flight(layers(4, three=True, balance=LONG).gm)
-    tight = schedule.in_flight(layers(4, three=True, balance=LONG, memory=one).gm)
-    assert max(free) > max(tight), "a bucket beside the one that is needed next does not fit"
+@pytest.mark.parametrize("buckets", [1, 2, 3])
+def test_memory_bounds_what_is_in_flight_in_bytes(buckets: int) -> None:
+    weight = 64 * 64 * 4
+    alone = max(amount for _, amount in schedule.bytes_in_flight(layers(0, three=True).gm))
+    assert alone == weight * 3 // 2, "over the last level it sends half of the weight, and receives it whole"
+    assert max(amount for _, amount in schedule.bytes_in_flight(layers(0).gm)) == weight, "a copy is there anyway"
+    sums = max(amount for _, amount in schedule.bytes_in_flight(gradients(0).gm))
+    assert sums == 2 * weight, "a reduction keeps what it sends until it has arrived"
+    for make, one in (
+        (lambda memory: layers(4, three=True, balance=LONG, memory=memory), alone),
+        (lambda memory: gradients(4, balance=SHORT, memory=memory), sums),
+    ):
+        for memory in (one * buckets, one * (buckets + 1) - 1):
+            assert max(schedule.bytes_in_flight(make(memory).gm)) == (buckets, one * buckets)
+        assert max(schedule.bytes_in_flight(make(0).gm))[0] > 3, "no bound"
+
+
+def test_a_bucket_alone_is_always_allowed() -> None:
     assert story(layers(4, stage="backward", memory=1)).startswith("GwGm"), "one is always allowed"
+
+
+def test_the_contract_sees_too_many_bytes_in_flight() -> None:
+    for hand in (layers(2, three=True, balance=LONG), gradients(2, balance=SHORT)):
+        schedule.check(hand.gm, hand.context)
+        hand.context.memory = 2 * 64 * 64 * 4
+        with pytest.raises(AssertionError, match=r"\d+ bytes in flight at once; with memory 32768"):
+            schedule.check(hand.gm, hand.context)
 
 
 def test_the_schedule_is_a_function_of_the_graph() -> None:

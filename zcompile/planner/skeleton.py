@@ -23,7 +23,7 @@ from zcompile.layout import ParamSpec, side_by_side
 from zcompile.params import grouped
 from zcompile.passes import schedule
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import ALL_GATHER, ALL_TO_ALL, TRANSFER, WAIT, WIRE
+from zcompile.passes.nodes import ALL_GATHER, ALL_TO_ALL, REFRESH, TRANSFER, WAIT, WIRE
 from zcompile.passes.work import WEIGHTS
 from zcompile.plan import ResolvedPlan
 from zcompile.planner.workload import Workload
@@ -123,9 +123,11 @@ class _Nodes:
         wait.meta.update({"val": launch.meta["val"], TRANSFER: transfer, "zc_parameters": names})
         return wait
 
-    def wait_for_copy(self, copy: Node, names: tuple[str, ...]) -> Node:
+    def wait_for_copy(self, copy: Node, names: tuple[str, ...], hops: Sequence[Any]) -> Node:
+        """hops: of the copy's refresh."""
         node = self.graph.call_function(WAIT, (copy,))
-        node.meta.update({"val": copy.meta["val"], TRANSFER: "gather", "zc_parameters": names})
+        refresh = tuple((level, received) for _, level, _, _, received in hops)
+        node.meta.update({"val": copy.meta["val"], TRANSFER: "gather", "zc_parameters": names, REFRESH: refresh})
         return node
 
     def done(self, outputs: Sequence[Node]) -> Graph:
@@ -288,7 +290,7 @@ class Skeleton:
         x = nodes.input(f"copy_{first.unit}", size)
         x.meta[TRANSFER] = "gather"
         if not fresh and first.has_copy:
-            x = nodes.wait_for_copy(x, names)
+            x = nodes.wait_for_copy(x, names, piece.hops("refresh"))
         hops = piece.hops("gather", backward=fresh)
         for hop in hops:
             x = nodes.hop(x, hop, "gather", names, 0)
