@@ -214,7 +214,7 @@ def grouped(
             # What comes back to a block after others (an embedding, then the head) is used at another time than what came before.
             visit = (blocks[module], visit[1] + 1)
         # Of vectors a block has too few for a message: they travel with those of the next blocks.
-        block, limit = (None, min(VECTOR_BYTES, plan.plan.bucket_bytes)) if vector else (visit, plan.plan.bucket_bytes)
+        block, limit = (None, min(VECTOR_BYTES, plan.bucket)) if vector else (visit, plan.bucket)
         key = (block, w, g, o, dtype, parameter.requires_grad, vector, parameter.device, wires)
         size = parameter.numel() * dtype.itemsize
         if key not in open_runs or (filled[key] + size > limit and filled[key]):

@@ -101,7 +101,8 @@ class Plan:
     beta times the old one and 1 - beta times the new loss (LoCo's moving average; 0: the loss itself).
     peer_gather: gathers read the copies of the other ranks where they lie in memory, without messages: shared memory of a host on CPUs,
     symmetric memory on GPUs. For weights over one level, of ranks that can see one another's memory.
-    bucket_bytes: the size that a message aims at.  name: a label.
+    bucket_bytes: bytes of weights, in the compute dtype, that travel together, of one block at most. None: so many that no level's
+    latency matters much (zcompile.times.message_bytes; 25 to 400 MiB).  name: a label.
 
     Order is checked here where names are on the canonical ladder, and for all names in `resolve`.
     Raises ValueError naming the field, its value and the valid ones.
@@ -120,7 +121,7 @@ class Plan:
     error_feedback: float | None = None
     peer_gather: bool = False
     rules: tuple[Rule, ...] = ()
-    bucket_bytes: int = 25 * 2**20
+    bucket_bytes: int | None = None
     name: str = "custom"
     wire: InitVar[str | None] = None
 
@@ -140,8 +141,10 @@ class Plan:
             if value is not None:
                 object.__setattr__(self, transfer, freeze_formats(transfer, value))
         size, every, beta = self.bucket_bytes, self.full_refresh_every, self.error_feedback
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"bucket_bytes={size!r}: must be a number of bytes from 1")
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(
+                f"bucket_bytes={size!r}: must be a number of bytes from 1, or None for what the machine's levels want"
+            )
         if isinstance(every, bool) or not isinstance(every, int) or every < 0:
             raise ValueError(f"full_refresh_every={every!r}: must be a number of delta refreshes, or 0 for never")
         if beta is not None and (isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta < 1):
@@ -277,6 +280,13 @@ class ResolvedPlan:
             )
 
     @property
+    def bucket(self) -> int:
+        """Bytes of weights that travel together."""
+        from zcompile.times import message_bytes  # which needs torch; plans are made and read without it
+
+        return self.plan.bucket_bytes or message_bytes(self.topology.levels)
+
+    @property
     def weights(self) -> int:
         """W as a level index, before rules and caps."""
         return self.topology.index(self.plan.weights)
@@ -403,7 +413,7 @@ class ResolvedPlan:
             lines.append(f"  {'feedback:':<11}beta {self.plan.error_feedback:g}, where gradients are quantised")
         if self.plan.peer_gather:
             lines.append(f"  {'peer:':<11}gathers read the other ranks' memory")
-        lines.append(f"  {'bucket:':<11}{self.plan.bucket_bytes} bytes")
+        lines.append(f"  {'bucket:':<11}{self.bucket} bytes")
         return "\n".join(lines)
 
     def _became(self, place: str) -> str:

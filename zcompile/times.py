@@ -57,6 +57,29 @@ def hop_seconds(level: Level, received: int) -> float:
     return level.overhead + count * level.latency + received / rate
 
 
+MESSAGE_OVERHEAD = 0.03
+"""Part of a hop's time that may pass before and between its bytes (calls, latency), where the size of messages is free."""
+MESSAGES = (25 * 2**20, 400 * 2**20)
+"""Bytes of weights: a unit is not cut smaller than the first, and not made larger than the second, whatever the links."""
+
+
+def message_bytes(levels: Sequence[Level]) -> int:
+    """Bytes of whole weights that should travel together over levels, fastest first: so many that at each of them a hop is that much
+    longer than its calls and latencies. Slow starts want large messages, and so do many ranks in a ring; MESSAGES bounds it.
+
+    With c seconds of calls and latency, bandwidth B and the part 1/E_(j-1) - 1/E_j of the weights that a rank receives (zcompile.cost):
+    c B / (MESSAGE_OVERHEAD (1/E_(j-1) - 1/E_j)), the largest of all levels.
+    """
+    inner, most = 1, 0.0
+    for level in levels:
+        outer = inner * level.size
+        if level.size > 1:
+            empty, rate = level.overhead + steps(level) * level.latency, level.bandwidth * at(level.curve, math.inf)
+            most = max(most, empty * rate / (MESSAGE_OVERHEAD * (1 / inner - 1 / outer)))
+        inner = outer
+    return int(min(max(most, MESSAGES[0]), MESSAGES[1]))
+
+
 class Lanes:
     """The links of each level, as queues of work: a hop is over when every link that it crosses has worked off what was queued up to it.
 

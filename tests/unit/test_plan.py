@@ -186,6 +186,13 @@ def test_a_plan_is_hashable_and_compares_by_value() -> None:
     assert a == b and hash(a) == hash(b) and replace(a) == a and a != replace(a, bucket_bytes=1)
 
 
+def test_messages_are_as_large_as_the_machine_wants_or_as_the_plan_says() -> None:
+    near, far = Topology.parse("2x2x2"), Topology.parse("frontier:48")
+    assert Plan().resolve(near, "bfloat16").bucket < Plan().resolve(far, "bfloat16").bucket
+    assert Plan(bucket_bytes=7).resolve(far, "bfloat16").bucket == 7
+    assert f"bucket:    {Plan().resolve(far, 'bfloat16').bucket} bytes" in Plan().resolve(far, "bfloat16").describe()
+
+
 def test_presets_are_the_placements_of_the_design() -> None:
     assert {preset: tuple(Plan.preset(preset).placements().values()) for preset in PRESETS} == {
         "ddp": ("whole", "whole", "whole"),

@@ -7,7 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from zcompile.machines import Device, Level
-from zcompile.times import EFFICIENCY, Lanes, at, hop_seconds, node_seconds
+from zcompile.times import EFFICIENCY, MESSAGE_OVERHEAD, MESSAGES, Lanes, at, hop_seconds, message_bytes, node_seconds
 
 DEVICE = Device("test", (("float32", 1e9), ("bfloat16", 4e9)), memory=1e9, memory_bandwidth=1e6)
 
@@ -34,6 +34,20 @@ def test_small_messages_reach_a_part_of_the_bandwidth() -> None:
     assert [at(curve, x) for x in (1, 1e3, 1e4, 1e5, 1e6, 1e9)] == pytest.approx([0.2, 0.2, 0.4, 0.6, 1.0, 1.0])
     ring = Level("node", 11, 1e6, 0.0, steps="ring", curve=curve)
     assert hop_seconds(ring, 10_000) == pytest.approx(10e-3 / 0.2), "ten messages of a thousand bytes"
+
+
+def test_messages_are_so_large_that_a_level_s_latency_matters_little() -> None:
+    quick = Level("node", 4, 1e9, 1e-6)
+    for slow in (Level("cluster", 2, 1e9, 1e-3), Level("cluster", 33, 1e9, 0.5e-4, steps="ring")):
+        size = message_bytes((quick, slow))
+        received = int(size * (1 / 4 - 1 / (4 * slow.size)))
+        taken, empty = hop_seconds(slow, received), hop_seconds(slow, 0)
+        assert MESSAGES[0] < size < MESSAGES[1] and empty / (taken - empty) == pytest.approx(MESSAGE_OVERHEAD, rel=1e-3)
+    assert message_bytes((quick,)) == MESSAGES[0], "no smaller ones, however quick"
+    assert message_bytes((quick, Level("cluster", 1000, 1e9, 1e-2, steps="ring"))) == MESSAGES[1], (
+        "and none that fill a device"
+    )
+    assert message_bytes((quick, Level("cluster", 1, 1e9, 1.0))) == MESSAGES[0], "a level of one rank sends nothing"
 
 
 def test_a_lane_is_a_queue_of_work_and_a_shared_link_has_that_of_both() -> None:

@@ -48,7 +48,7 @@ class Request:
         micro_batches: K, per step.
         memory: bytes of a device; 0: the device's, less RESERVE.
         allowed: formats beyond native ones that plans may use, of ALLOWED.
-        overlaps, buckets: to try.
+        overlaps, buckets: to try, buckets beside those that the levels want.
         noise: jitter and stragglers.
     """
 
@@ -135,7 +135,8 @@ def describe(plan: Plan, overlap: int) -> str:
     """A line: placements, formats, bucket, overlap."""
     formats = " ".join(f"{transfer}={wire}" for transfer, wire in formats_of(plan).items())
     places = f"{plan.weights}/{plan.gradients}/{plan.optimizer}"
-    return f"{places} {formats or 'native'} {plan.bucket_bytes // 2**20} MiB overlap {overlap}"
+    bucket = f" {plan.bucket_bytes // 2**20} MiB" if plan.bucket_bytes else ""
+    return f"{places} {formats or 'native'}{bucket} overlap {overlap}"
 
 
 def placements(topology: Topology) -> list[tuple[str, str, str]]:
@@ -256,7 +257,7 @@ def search(
         else []
     )
     fitting = [c for c in (*plain, *tight) if c.floor <= limit]
-    considered = len(plain) * len(variants) * len(request.buckets) * len(request.overlaps)
+    considered = len(plain) * len(variants) * (1 + len(request.buckets)) * len(request.overlaps)
     if not fitting:
         raise _nothing(workload, [*plain, *tight], limit)
     chosen = _places(sorted(fitting, key=_order))[: 3 if quick else 6]
@@ -289,10 +290,10 @@ def search(
     return Answer(best, ranked, presets, considered, pruned)
 
 
-def _plan(places: tuple[str, str, str], fields: dict[str, str], topology: Topology, bucket: int = BUCKETS[0]) -> Plan:
+def _plan(places: tuple[str, str, str], fields: dict[str, str], topology: Topology) -> Plan:
     name = name_of(places, topology)
     weights, gradients, optimizer = places
-    values: dict[str, Any] = {**fields, "bucket_bytes": bucket, "name": name}
+    values: dict[str, Any] = {**fields, "name": name}
     return Plan(weights, gradients, optimizer, **values)
 
 
