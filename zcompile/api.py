@@ -193,7 +193,8 @@ def save(
 
     Args:
         optimizer: one, several, or None.
-        extra: yours, the same on every rank (step, position in the data, a scheduler's state): numbers, text, containers, tensors.
+        extra: yours, the same on every rank (step, position in the data, a scheduler's state): numbers, text, containers, tensors. It
+            comes back equal; what differs between ranks is rank 0's, with a line on stderr.
         own: yours, of this rank alone (a data loader's state); it comes back on as many ranks.
         asynchronous: copy now, write in the background; `wait()` of what is returned raises what went wrong. One at a time: the next save
             or load waits for it. Wait before the process group is destroyed.
