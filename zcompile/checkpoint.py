@@ -198,11 +198,14 @@ def load(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
     source = folder_of(folder)
     finish(engine)
     used = optimizers.listed(optimizer)
-    engine.runtime.agreement.compare("folder of a checkpoint", str(source))
+    asked = {"folder": str(source), "optimizers": [type(each).__name__ for each in used], "drop_window": drop_window}
+    engine.runtime.agreement.compare("arguments of zcompile.load", asked)
     index = together(engine.runtime, lambda: read_index(source), f"{source} cannot be loaded")
     wanted = together(
         engine.runtime, lambda: _wanted(model, engine, used, index, drop_window), f"{source} cannot be loaded"
     )
+    if used:
+        _check_groups(engine, used, index, source)
     _raise_alike(lambda: _read(engine.runtime, wanted, source), source)
     rank = wanted.get(RANKS, {}).get(str(engine.runtime.rank), {})
     together(engine.runtime, lambda: _take(model, engine, used, wanted, rank), f"{source} cannot be loaded")
@@ -219,6 +222,17 @@ def load(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
     # Nobody goes on to read a copy that another rank has not made yet.
     engine.runtime.agreement.exchange([], step="the end of a load")
     return Loaded(extras.unpack(wanted.get("extra", {})), extras.unpack(rank.get("own", {})), exact, notices)
+
+
+def _check_groups(engine: Engine, used: optimizers.Optimizers, index: Metadata, source: Path) -> None:
+    """Which parameters a group has is no part of the index: it is read first, as nothing may be written before it is known to fit."""
+    state = {"optimizer": {"param_groups": template(index, "optimizer", "param_groups")}}
+    _raise_alike(lambda: _read(engine.runtime, state, source), source)
+
+    def check() -> None:
+        optimizers.check_groups(engine, used, state["optimizer"]["param_groups"])
+
+    together(engine.runtime, check, f"{source} cannot be loaded")
 
 
 def _wanted(

@@ -345,9 +345,12 @@ class Engine:
     def main_grad(self, slot: Slot) -> Tensor:
         """The slot's main grad [E_o / E_g * shard] fp32 in this window, made on first use."""
         if slot not in self.window.mains:
-            width = slot.spec.layout.width(slot.spec.g)
-            self.window.mains[slot] = torch.zeros(width, dtype=MASTER, device=slot.unit.master.device)
+            self.window.mains[slot] = self.new_main(slot)
         return self.window.mains[slot]
+
+    def new_main(self, slot: Slot) -> Tensor:
+        width = slot.spec.layout.width(slot.spec.g)
+        return torch.zeros(width, dtype=MASTER, device=slot.unit.master.device)
 
     def compile_report(self) -> str:
         """What was compiled so far, as a table: stage, collectives, where the code came from, wall seconds."""

@@ -212,6 +212,61 @@ def _damaged(rank: int, root: str) -> None:
     assert latest == Path(root, "cut"), latest
 
 
+def _refused_loads(rank: int, root: str) -> None:
+    """What is refused has written nothing: weights, moments, gradients and the open window are as they were, to the bit."""
+    model, optimizer = made()
+    one_step(model, [optimizer], 0)
+    zcompile.save(model, optimizer, f"{root}/good")
+    torch.manual_seed(0)
+    elsewhere: Any = hierarchical_zero(Awkward(), topology="2", plan="hsdp", compile=False)
+    with elsewhere.no_sync():
+        elsewhere(torch.arange(10).view(2, 5)).backward()
+    zcompile.save(elsewhere, None, f"{root}/open")
+
+    other, used = made(seed=5)
+    one_step(other, [used], 3)
+    other(torch.arange(10).view(2, 5)).backward()
+    with other.no_sync():
+        other(torch.arange(10).view(2, 5)).backward()
+    groups = torch.optim.AdamW([{"params": [p]} for p in other.parameters() if p.requires_grad])
+
+    def everything() -> dict[str, Any]:
+        found = whole_state(other, used) | {f"{n}/grad": p.grad for n, p in other.named_parameters()}
+        window = other.zero.window
+        found |= {f"{slot.name}/main": main for slot, main in window.mains.items()}
+        found |= {f"{slot.name}/touched": slot in window.touched for slot in other.zero.slots}
+        found |= {f"{number}/stale": unit.stale for number, unit in enumerate(other.zero.units)}
+        whole = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in found.items()}
+        return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in whole.items()}
+
+    before = everything()
+    assert any(name.endswith("/main") for name in before) and any(
+        before[f"{slot.name}/touched"] for slot in other.zero.slots
+    )
+    refused(("parameter group",), lambda: zcompile.load(other, groups, f"{root}/good"))
+    same_bits(everything(), before)
+    odd = groups if rank == 1 else used
+    refused(("parameter group",), lambda: zcompile.load(other, odd, f"{root}/good"))
+    same_bits(everything(), before)
+    refused(("between micro-batches",), lambda: zcompile.load(other, None, f"{root}/open"))
+    same_bits(everything(), before)
+    refused(("no optimizer state",), lambda: zcompile.load(other, used, f"{root}/open", drop_window=True))
+    same_bits(everything(), before)
+    refused(
+        ("arguments of zcompile.load", "rank 1"),
+        lambda: zcompile.load(other, used if rank else None, f"{root}/good"),
+        RuntimeError,
+    )
+    same_bits(everything(), before)
+    zcompile.load(other, used, f"{root}/good")
+    same_bits(whole_state(other, used), whole_state(model, optimizer))
+    assert other.zero.memory()["main"] == 0 and all(p.grad is None for p in other.parameters())
+
+
+def test_a_refused_load_has_written_nothing(ranks: Any, tmp_path: Path) -> None:
+    ranks(WORLD).run(_refused_loads, str(tmp_path), timeout=100)
+
+
 def _flip(file: Path, values: torch.Tensor) -> None:
     """One bit of one of these values."""
     data = bytearray(file.read_bytes())
