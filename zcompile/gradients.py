@@ -3,7 +3,8 @@
 Note [Skipped steps]: a gradient that is not finite on one rank is, after the reduction, in the shard of one owner, so ranks that looked at
 their own shards would decide differently. Before a step they agree: one small exchange. If any has found one, every rank's step finds no
 gradients (optimizers pass over parameters without), and gets them back afterwards, for whoever wants to look. Moments, step counts and
-masters stay as they were. Of several optimizers each is asked of the gradients that it steps: those of others may be left from another loss.
+masters stay as they were. Of several optimizers each is asked of the gradients that it steps: those of others may be left from another
+loss.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ def made(
 
 
 KINDS = ("adamw", "foreach", "fused", "sgd", "two")
+PRESETS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "zeropp", "zero_topo")
 WORLDS = {8: ("2x2x2", "zero_topo"), 4: ("2x2", "zeropp"), 6: ("3x2", "hsdp"), 1: ("1", "ddp")}
 
 
@@ -92,6 +93,55 @@ def test_f16_any_world_and_plan_to_any_other_bit_for_bit(tmp_path: Path) -> None
                 pool.close()
     finally:
         eight.close()
+
+
+def _presets(rank: int, folder: str, presets: tuple[str, ...]) -> None:
+    """What is saved under each preset comes back under every one, to the bit."""
+    expected, models = {}, {}
+    for number, preset in enumerate(presets):
+        model, optimizers = models[preset] = made("2x2", preset, "adamw", seed=number)
+        one_step(model, optimizers, number)
+        zcompile.save(model, optimizers, f"{folder}/{preset}")
+        expected[preset] = whole_state(model, *optimizers)
+    for saved in presets:
+        for model, optimizers in models.values():
+            zcompile.load(model, optimizers, f"{folder}/{saved}")
+            same_bits(whole_state(model, *optimizers), expected[saved])
+
+
+def written_once(folder: Path, ranks: int) -> None:
+    """No replica writes what another has written: shards do not overlap and fill their tensors, and the files hold nothing else."""
+    index = read_index(folder)
+    for name, entry in index.state_dict_metadata.items():
+        if not hasattr(entry, "chunks"):
+            continue
+        boxes = [[range(o, o + s) for o, s in zip(c.offsets, c.sizes, strict=True)] for c in entry.chunks]
+        assert len({str(box) for box in boxes}) == len(boxes), f"{name}: a shard is written twice"
+        assert sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel(), name
+    places = {(info.relative_path, info.offset): info.length for info in index.storage_data.values()}
+    files = {file.name: file.stat().st_size for file in folder.glob("*.distcp")}
+    for file, size in files.items():
+        assert sum(length for (name, _), length in places.items() if name == file) == size, (
+            f"{file}: more than the index names"
+        )
+    assert len(files) == ranks and min(files.values()) > 0  # writers are spread over all ranks
+    kinds = {name.split(".")[0] for name, entry in index.state_dict_metadata.items() if hasattr(entry, "chunks")}
+    assert {"model", "optimizer"} <= kinds
+
+
+@pytest.mark.parametrize(
+    "presets",
+    [
+        pytest.param(("ddp", "hsdp"), id="those with replicas"),
+        pytest.param(PRESETS, marks=pytest.mark.slow, id="all: 49 loads"),
+    ],
+)
+def test_f16_any_preset_to_any_preset_and_no_replica_writes_twice(
+    ranks: Any, tmp_path: Path, presets: tuple[str, ...]
+) -> None:
+    ranks(4).run(_presets, str(tmp_path), presets, timeout=300)
+    for preset in presets:
+        written_once(tmp_path / preset, 4)
 
 
 # -- other systems -------------------------------------------------------------------------------------------------------------------
@@ -191,13 +241,7 @@ def test_other_systems_read_ours_and_we_read_theirs(ranks: Any, tmp_path: Path) 
         first = places.setdefault((info.relative_path, info.offset), key.fqn)
         tied = {first, key.fqn} == {"model.embed.weight", "model.head.weight"}
         assert tied or first == key.fqn, (first, key)
-    for name, entry in index.state_dict_metadata.items():
-        if name.startswith("model.") and hasattr(entry, "chunks"):
-            rows = [tuple(chunk.offsets) for chunk in entry.chunks]
-            assert len(set(rows)) == len(rows), f"{name}: a shard is written twice"
-            assert sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel(), name
-    written = {file.name: file.stat().st_size for file in (tmp_path / "ours").glob("*.distcp")}
-    assert len(written) == 4 and min(written.values()) > 0  # writers are spread over all ranks
+    written_once(tmp_path / "ours", 4)
 
 
 def _asynchronous(rank: int, folder: str) -> None:

@@ -33,7 +33,7 @@ def refused(words: tuple[str, ...], call: Callable[[], Any], kind: type[Exceptio
 
 @contextlib.contextmanager
 def full_disk(kind: str) -> Iterator[None]:
-    """On this rank: files stop at 4 KB, or all writes go to a device that is full."""
+    """On this rank: files stop at 4 KB, or all writes go to a device that is full; or writing raises, or runs out of memory."""
     if kind == "limit":
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -46,6 +46,10 @@ def full_disk(kind: str) -> Iterator[None]:
 
     @contextlib.contextmanager
     def stream(self: Any, path: Any, mode: str) -> Any:
+        if kind == "raise":
+            raise ValueError("sample 17 is no number")
+        if kind == "memory":
+            torch.empty(1 << 60)
         with original(self, "/dev/full", mode) as file:
             yield file
 
@@ -77,6 +81,19 @@ def _full_disk(rank: int, root: str) -> None:
         saving = zcompile.save(model, optimizer, f"{root}/new", asynchronous=True)
         assert saving is not None
         refused(("rank 1", "__1_0.distcp", "No space left"), saving.wait)
+
+    def save(asynchronous: bool) -> None:
+        saving = zcompile.save(model, optimizer, f"{root}/new", asynchronous=asynchronous)
+        if saving is not None:
+            saving.wait()
+
+    for kind, words in {
+        "raise": "ValueError: sample 17 is no number",
+        "memory": "RuntimeError: [enforce fail at alloc_cpu",
+    }.items():
+        for odd, asynchronous in ((1, False), (0, True)):
+            with full_disk(kind) if rank == odd else contextlib.nullcontext():
+                refused((f"rank {odd}", f"__{odd}_0.distcp", words), lambda: save(asynchronous))  # noqa: B023 (called at once)
     full = full_disk("device") if rank == 0 else contextlib.nullcontext()
     with full:  # an error of a background write that nobody waited for is told by the next call
         zcompile.save(model, optimizer, f"{root}/new", asynchronous=True)

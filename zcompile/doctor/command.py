@@ -114,10 +114,10 @@ def _finish(found: list[Finding], arguments: argparse.Namespace, writes: bool = 
     return 0 if result["ok"] else 1
 
 
-def _alone(found: Finding, arguments: argparse.Namespace, rank: int | str) -> int:
-    """The ranks have not met: each shows what it has seen itself, and rank 0, or who does not know its rank, writes the result."""
+def _alone(found: Finding, arguments: argparse.Namespace, rank: int) -> int:
+    """The ranks have not met: each shows what it has seen itself, and rank 0 writes the result."""
     try:
-        return _finish([found], arguments, writes=str(rank) in ("", "0") or not str(rank).isdigit())
+        return _finish([found], arguments, writes=rank == 0)
     except OSError as error:
         print(f"zcompile doctor: {error}", file=sys.stderr)
         return 2
@@ -144,9 +144,9 @@ def _job(arguments: argparse.Namespace) -> int:
     try:
         begun = read_launch()
     except ValueError as error:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", ""))
+        said = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         wanted = "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, or srun"
-        return _alone(Finding("launcher", "bad", str(error), wanted), arguments, rank)
+        return _alone(Finding("launcher", "bad", str(error), wanted), arguments, int(said) if said.isdigit() else 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         init_from_launcher(device, timeout=arguments.timeout)
@@ -167,10 +167,10 @@ def _job(arguments: argparse.Namespace) -> int:
     store.set(f"zc/doctor/look/{rank}", json.dumps(look(rank, begun.local_rank)))
     if rank:
         return _as_told(store, _tests(arguments, device, store), rank, world, arguments.timeout)
-    said = _collect(store, "look", world, arguments.timeout)
-    missing = [number for number in range(world) if number not in said]
+    looks = _collect(store, "look", world, arguments.timeout)
+    missing = [number for number in range(world) if number not in looks]
     found = [Finding("ranks", "bad", f"no word from ranks {missing[:8]}", "all ranks look")] if missing else []
-    recording = assemble([json.loads(said[number]) for number in sorted(said)])
+    recording = assemble([json.loads(looks[number]) for number in sorted(looks)])
     if arguments.record:
         Path(arguments.record).write_text(json.dumps(recording.to_json(), indent=1) + "\n")
     found += judge(recording, arguments.topology)
