@@ -307,6 +307,16 @@ def waiting(overlap: Overlap | None) -> str:
     return f"waiting for refreshes: {1e3 * overlap.refresh_exposed:.0f} ms; {overlap.matched:.0%} of all waiting is accounted for"
 
 
+def formats_table(found: dict[str, dict[str, int]]) -> Table:
+    """What is kept, computed and sent in which format."""
+    out = Table("what", title="formats, and how many parameters have them")
+    for name in dict.fromkeys(name for row in found.values() for name in row):
+        out.add_column(name, justify="right")
+    for what, row in found.items():
+        out.add_row(what, *(f"{row[column.header]:,}" if column.header in row else "" for column in out.columns[1:]))  # type: ignore[index]
+    return out
+
+
 def report(
     run: Run, console: Console, metrics: IO[str] | None, seconds: float, first: float, validation: float
 ) -> None:
@@ -339,13 +349,14 @@ def report(
         hidden.add_row(
             level, str(lane.hops), *(f"{1e3 * t:.0f} ms" for t in (lane.under_way, lane.hidden, lane.exposed))
         )
+    formats = formats_table(zcompile.precision(run.model, run.optimizer))
     summary = Table("summary", "", title=f"{run.step} steps of {run.tokens_per_step} bytes on {run.ranks} ranks")
     summary.add_row("time", f"{seconds:.0f} s, of which {first:.0f} s until the first step was done")
     summary.add_row("validation loss", f"{validation:.4f} nats per byte")
     summary.add_row("bigram entropy", f"{bigram:.4f} nats per byte, of the validation data")
     verdict = "[green]below bigram entropy" if validation < bigram else "[yellow]not below bigram entropy"
     summary.add_row("verdict", verdict)
-    for table in (traffic, owners, hidden, summary):
+    for table in (traffic, owners, formats, hidden, summary):
         console.print(table)
     write(
         metrics,

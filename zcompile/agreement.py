@@ -133,6 +133,12 @@ class Agreement:
             f"rank {first} has {left}, rank {other} has {right}"
         )
 
+    def texts(self, mine: str, sources: Sequence[int]) -> list[str]:
+        """What the ranks `sources` say, on every rank; every rank calls it with its own text."""
+        text = json.dumps(mine).encode()
+        lengths = [row[0] for row in self.exchange([len(text)], step="texts")]
+        return [self._broadcast(text, source, lengths[source], None) for source in sources]
+
     def _broadcast(self, text: bytes, source: int, length: int, timeout: float | None) -> Any:
         """The JSON text of rank `source`, read; `length` in bytes is known to all."""
         assert self.group is not None, "one rank cannot differ from itself"

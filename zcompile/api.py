@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import checkpoint, covered, feedback, formats, gradients, pretrained, traffic
+from zcompile import checkpoint, covered, feedback, formats, gradients, optimizer_state, pretrained, traffic
 from zcompile.front import engine_of, unwrapped
 from zcompile.storage import folder_of, together
 
@@ -114,13 +114,15 @@ def explain(model: nn.Module, rows: int = 20, sort: str = "exposed") -> Explanat
     return Explanation([steps[number] for number in sorted(steps)], rows, sort)
 
 
-def precision(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, dict[str, int]]:
+def precision(
+    model: nn.Module, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None
+) -> dict[str, dict[str, int]]:
     """What is kept, computed and sent in which format: {what: {format: elements of the plain parameters}}.
 
     Rows: masters, compute copies, whole weights, each transfer over each level, main gradients, the gradients that are there, and, with an
-    optimizer, its state. Kept tensors are looked at; what only travels is told by the plan.
+    optimizer or several, its state. Kept tensors are looked at; what only travels is told by the plan.
     """
-    return formats.report(engine_of(model, "precision"), optimizer)
+    return formats.report(engine_of(model, "precision"), optimizer_state.listed(optimizer))
 
 
 def coverage(model: nn.Module) -> dict[str, Any]:
@@ -193,7 +195,8 @@ def save(
 
     Args:
         optimizer: one, several, or None.
-        extra: yours, the same on every rank (step, position in the data, a scheduler's state): numbers, text, containers, tensors.
+        extra: yours, the same on every rank (step, position in the data, a scheduler's state): numbers, text, containers, tensors. It
+            comes back equal; what differs between ranks is rank 0's, with a line on stderr.
         own: yours, of this rank alone (a data loader's state); it comes back on as many ranks.
         asynchronous: copy now, write in the background; `wait()` of what is returned raises what went wrong. One at a time: the next save
             or load waits for it. Wait before the process group is destroyed.

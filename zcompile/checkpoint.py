@@ -5,14 +5,13 @@
     step = found.extra["step"]
 
 The folder is torch.distributed.checkpoint's, nested so that plain calls read it and write what is read here:
-{"model": names of the plain model, "optimizer": as get_optimizer_state_dict, "extra": yours, and more that only zcompile reads}.
+{"model": names of the plain model, "optimizer": as get_optimizer_state_dict}, and beside them what only zcompile writes ("extra" among it:
+zcompile.extras).
 """
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -26,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 
-from zcompile import feedback, resume
+from zcompile import extras, feedback, resume
 from zcompile import optimizer_state as optimizers
 from zcompile.engine import Engine
 from zcompile.faults.verdict import FaultError
@@ -85,7 +84,7 @@ class Loaded:
     """What `load` brought back beside weights and optimizers.
 
     Attributes:
-        extra: what `save` was given as extra, the same on every rank; {} if nothing.
+        extra: what `save` was given as extra, the same on every rank, tensors on the CPU and whole; {} if nothing.
         own: what this rank gave as own, if the checkpoint has as many ranks; else {}.
         exact: whether the run goes on as the saved one would have, bit for bit: on the same topology and plan (on others gradients are
             added up in another order), with nothing in `notices`.
@@ -115,6 +114,7 @@ def save(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
         return found
 
     state = together(engine.runtime, begin, f"{target} cannot be written")
+    _say_what_differs(runtime, extra)
     aliases = {
         f"model.{slot.name}": [("model", name) for name in slot.names[1:] if name in state["model"]]
         for slot in engine.slots
@@ -136,6 +136,16 @@ def save(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
             discard(target)
         raise
     return None
+
+
+def _say_what_differs(runtime: Runtime, extra: Mapping[str, Any] | None) -> None:
+    """The checkpoint has rank 0's `extra`: no error where another rank's differs (a loss, a time), but not without a word."""
+    rows = runtime.agreement.exchange(extras.digests(extra), step="extra of a checkpoint")
+    odd = extras.differing(extra, rows)
+    if odd and runtime.rank == 0:
+        said = f"extra[{odd[0]!r}]" + (f" and {len(odd) - 1} more differ" if odd[1:] else " differs")
+        print(f"zcompile: {said} from rank to rank: the checkpoint has rank 0's (own= keeps every rank's)",
+              file=sys.stderr, flush=True)  # fmt: skip
 
 
 def _save(runtime: Runtime, state: dict[str, Any], target: Path, arguments: dict[str, Any]) -> None:
@@ -161,7 +171,7 @@ def _odd(model: nn.Module, engine: Engine) -> dict[str, Any]:
 
 def _state(model: nn.Module, engine: Engine, used: optimizers.Optimizers, extra: Mapping[str, Any] | None,
            own: Mapping[str, Any] | None) -> dict[str, Any]:  # fmt: skip
-    mine = {"random": resume.random_state(engine.device), "own": _plain("own", own)}
+    mine = {"random": resume.random_state(engine.device), "own": extras.pack("own", own)}
     topology = engine.runtime.topology
     state = {
         "model": dict(model.state_dict()),
@@ -169,7 +179,7 @@ def _state(model: nn.Module, engine: Engine, used: optimizers.Optimizers, extra:
         "gradients": resume.gradients(engine),
         "images": resume.images(engine),
         "feedback": feedback.feedback_state(engine),
-        "extra": _plain("extra", extra),
+        "extra": extras.pack("extra", extra),
         "zcompile": {
             "version": VERSION,
             "ranks": topology.world_size,
@@ -182,39 +192,20 @@ def _state(model: nn.Module, engine: Engine, used: optimizers.Optimizers, extra:
     return {key: value for key, value in state.items() if value or key == RANKS}
 
 
-def _plain(argument: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`given` as a dict, if what it holds can be loaded again without unpickling objects."""
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        raise TypeError(f"{argument}={given!r}: must be a dict")
-    for key, value in given.items():
-        if not isinstance(key, str):
-            raise TypeError(f"{argument}: the key {key!r} must be text")
-        buffer = io.BytesIO()
-        try:
-            torch.save(value, buffer)
-            buffer.seek(0)
-            torch.load(buffer, weights_only=True)
-        except (pickle.PickleError, AttributeError, TypeError, RuntimeError) as error:
-            raise TypeError(
-                f"{argument}[{key!r}] is a {type(value).__name__} that a checkpoint does not hold: give numbers, text, containers and "
-                f"tensors ({str(error).splitlines()[0]})"
-            ) from error
-    return dict(given)
-
-
 def load(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optimizer] | None, folder: str | os.PathLike[str],
          drop_window: bool) -> Loaded:  # fmt: skip
     """See zcompile.load."""
     source = folder_of(folder)
     finish(engine)
     used = optimizers.listed(optimizer)
-    engine.runtime.agreement.compare("folder of a checkpoint", str(source))
+    asked = {"folder": str(source), "optimizers": [type(each).__name__ for each in used], "drop_window": drop_window}
+    engine.runtime.agreement.compare("arguments of zcompile.load", asked)
     index = together(engine.runtime, lambda: read_index(source), f"{source} cannot be loaded")
     wanted = together(
         engine.runtime, lambda: _wanted(model, engine, used, index, drop_window), f"{source} cannot be loaded"
     )
+    if used:
+        _check_groups(engine, used, index, source)
     _raise_alike(lambda: _read(engine.runtime, wanted, source), source)
     rank = wanted.get(RANKS, {}).get(str(engine.runtime.rank), {})
     together(engine.runtime, lambda: _take(model, engine, used, wanted, rank), f"{source} cannot be loaded")
@@ -230,7 +221,18 @@ def load(model: nn.Module, engine: Engine, optimizer: Optimizer | Sequence[Optim
     exact = not notices and wanted["zcompile"]["plan"] == resume.plan_key(engine)
     # Nobody goes on to read a copy that another rank has not made yet.
     engine.runtime.agreement.exchange([], step="the end of a load")
-    return Loaded(wanted.get("extra", {}), rank.get("own", {}), exact, notices)
+    return Loaded(extras.unpack(wanted.get("extra", {})), extras.unpack(rank.get("own", {})), exact, notices)
+
+
+def _check_groups(engine: Engine, used: optimizers.Optimizers, index: Metadata, source: Path) -> None:
+    """Which parameters a group has is no part of the index: it is read first, as nothing may be written before it is known to fit."""
+    state = {"optimizer": {"param_groups": template(index, "optimizer", "param_groups")}}
+    _raise_alike(lambda: _read(engine.runtime, state, source), source)
+
+    def check() -> None:
+        optimizers.check_groups(engine, used, state["optimizer"]["param_groups"])
+
+    together(engine.runtime, check, f"{source} cannot be loaded")
 
 
 def _wanted(

@@ -22,6 +22,7 @@ from zcompile.call import Call, Window
 from zcompile.covered import Reads
 from zcompile.eager import keep_wholes_out
 from zcompile.faults.checksums import ChecksumError, checksum
+from zcompile.launches import Launches
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC
 from zcompile.params import MASTER, Slot, Unit, build
 from zcompile.plan import ResolvedPlan
@@ -110,6 +111,8 @@ class Engine:
         self.synchronising = True
         self.window = Window()
         self.traffic = Traffic(self)
+        self.launches = Launches(runtime)
+        """Whether all ranks launch the same transfers outside of compiled graphs."""
         self.refresher = Refresher(self.device)
         self.compiled: Callable[..., Any] | None = None
         """The model's own compiled forward; None if it is compiled from outside or not at all."""
@@ -224,13 +227,14 @@ class Engine:
     def _agree(self, phase: str, flags: Sequence[bool], refusal: Exception | None) -> list[bool]:
         """Which flags are set on any rank. A rank that refuses or is in another phase is an error on every rank."""
         refused = len(PHASES)
-        words = [PHASES.index(phase) if refusal is None else refused, *pack_flags(flags)]
-        rows = self.runtime.agreement.exchange(words, step="the start of a forward")
+        words = [*self.launches.words(), PHASES.index(phase) if refusal is None else refused, *pack_flags(flags)]
+        order, rows = self.launches.split(self.runtime.agreement.exchange(words, step="the start of a forward"))
         if refusal is not None:
             raise refusal
         other = next((rank for rank, row in enumerate(rows) if row[0] == refused), None)
         if other is not None:
             raise RuntimeError(f"zcompile: rank {other} refused this forward; its own error says why")
+        self.launches.check(order)
         phases = [PHASES[row[0]] for row in rows]
         if len(set(phases)) > 1:
             odd = next(rank for rank, other in enumerate(phases) if other != phases[0])
@@ -321,7 +325,10 @@ class Engine:
     def agree_on(self, program: Any) -> None:
         """Before a compiled graph runs: every rank is about to run one with the same ordered collective list."""
         patience = self.options.compile_timeout  # another rank may still be compiling
-        rows = self.runtime.agreement.exchange([program.identity], step=f"a {program.stage}", patience=patience)
+        words = [*self.launches.words(), program.identity]
+        said = self.runtime.agreement.exchange(words, step=f"a {program.stage}", patience=patience)
+        order, rows = self.launches.split(said)
+        self.launches.check(order)
         if all(row[0] == program.identity for row in rows):
             return
         self.runtime.agreement.compare(
@@ -338,9 +345,12 @@ class Engine:
     def main_grad(self, slot: Slot) -> Tensor:
         """The slot's main grad [E_o / E_g * shard] fp32 in this window, made on first use."""
         if slot not in self.window.mains:
-            width = slot.spec.layout.width(slot.spec.g)
-            self.window.mains[slot] = torch.zeros(width, dtype=MASTER, device=slot.unit.master.device)
+            self.window.mains[slot] = self.new_main(slot)
         return self.window.mains[slot]
+
+    def new_main(self, slot: Slot) -> Tensor:
+        width = slot.spec.layout.width(slot.spec.g)
+        return torch.zeros(width, dtype=MASTER, device=slot.unit.master.device)
 
     def compile_report(self) -> str:
         """What was compiled so far, as a table: stage, collectives, where the code came from, wall seconds."""

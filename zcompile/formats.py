@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ Formats = dict[str, int]
 """Format -> elements of the plain parameters that have it."""
 
 
-def report(engine: Engine, optimizer: torch.optim.Optimizer | None) -> dict[str, Formats]:
+def report(engine: Engine, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Formats]:
     """See `zcompile.precision`."""
     slots = engine.slots
     rows: dict[str, Formats] = {
@@ -42,8 +43,8 @@ def report(engine: Engine, optimizer: torch.optim.Optimizer | None) -> dict[str,
     given = [(slot, slot.master.grad) for slot in training if slot.master.grad is not None]
     if given:
         rows["gradients for the optimizer"] = _count((slot, _format(local_of(grad).dtype)) for slot, grad in given)
-    for slot in training if optimizer is not None else ():
-        for name, value in optimizer.state.get(slot.master, {}).items():  # type: ignore[union-attr]
+    for slot, optimizer in product(training, optimizers):
+        for name, value in optimizer.state.get(slot.master, {}).items():
             if isinstance(value, Tensor) and value.dim():
                 held = rows.setdefault(f"optimizer's {name}", {})
                 kind = _format(local_of(value).dtype)

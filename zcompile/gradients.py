@@ -3,7 +3,8 @@
 Note [Skipped steps]: a gradient that is not finite on one rank is, after the reduction, in the shard of one owner, so ranks that looked at
 their own shards would decide differently. Before a step they agree: one small exchange. If any has found one, every rank's step finds no
 gradients (optimizers pass over parameters without), and gets them back afterwards, for whoever wants to look. Moments, step counts and
-masters stay as they were.
+masters stay as they were. Of several optimizers each is asked of the gradients that it steps: those of others may be left from another
+loss.
 """
 
 from __future__ import annotations
@@ -100,8 +101,7 @@ def _look(optimizer: torch.optim.Optimizer) -> None:
         slot = slot_of(parameter)
         if slot is not None:
             engines.setdefault(_engine_of(slot), []).append(slot)
-    looking = [engine for engine in engines if engine.options.nonfinite != "ignore"]
-    if any([_agreed(engine, engines[engine]) for engine in looking]):  # a list: every engine's ranks are asked
+    if any([_agreed(engine, slots) for engine, slots in engines.items()]):  # a list: every engine's ranks are asked
         SKIPPING[optimizer] = [(p, p.grad) for p in parameters if p.grad is not None]
         for parameter in parameters:
             parameter.grad = None
@@ -124,10 +124,17 @@ def _agreed(engine: Engine, slots: Sequence[Slot]) -> bool:
 
     A backward comes to the last parameters first, so the last one that is not finite is where it began.
     """
+    if engine.options.nonfinite == "ignore":
+        if engine.launches.new:
+            engine.launches.check(
+                engine.runtime.agreement.exchange(engine.launches.words(), step="an optimizer's step")
+            )
+        return False
     slots = [slot for slot in slots if slot.master.grad is not None]
     order = {slot: number for number, slot in enumerate(engine.slots, start=1)}
     watched = [slot for slot in slots if slot.flag is not None and bool(slot.flag)] if engine.options.checks else []
     words = [
+        *engine.launches.words(),
         max((order[slot] for slot in _not_finite(slots)), default=0),
         max((order[slot] for slot in watched), default=0),
         int(bool(engine.losses) and not bool(torch.isfinite(torch.cat(engine.losses)).all())),
@@ -136,7 +143,8 @@ def _agreed(engine: Engine, slots: Sequence[Slot]) -> bool:
     for slot in watched:
         assert slot.flag is not None
         slot.flag.zero_()
-    rows = engine.runtime.agreement.exchange(words, step="an optimizer's step")
+    launched, rows = engine.launches.split(engine.runtime.agreement.exchange(words, step="an optimizer's step"))
+    engine.launches.check(launched)
     worst = max(row[0] for row in rows)
     if not worst:
         return False

@@ -82,13 +82,11 @@ def _empty(slot: Slot, key: str, entry: Any) -> Tensor:
     return torch.zeros(entry.size, dtype=entry.properties.dtype)
 
 
-def restore(engine: Engine, optimizers: Optimizers, state: dict[str, Any]) -> None:
-    """Hand the filled state to the optimizers, groups matched by the parameters they hold."""
-    saved = {frozenset(group["params"]): group for group in state["param_groups"]} if optimizers else {}
+def check_groups(engine: Engine, optimizers: Optimizers, groups: list[dict[str, Any]]) -> None:
+    """CheckpointError unless the checkpoint's `groups` have one of the same parameters for each group of these optimizers."""
+    saved = {frozenset(group["params"]) for group in groups}
     for optimizer in optimizers:
-        numbered: dict[str, Any] = {"state": {}, "param_groups": []}
-        names = _names(engine, optimizer)
-        for group in names:
+        for group in _names(engine, optimizer):
             if frozenset(group) not in saved:
                 near = max(saved, key=lambda other: len(other & set(group)), default=frozenset())
                 odd = sorted(near ^ set(group))[:3]
@@ -96,6 +94,15 @@ def restore(engine: Engine, optimizers: Optimizers, state: dict[str, Any]) -> No
                     f"{type(optimizer).__name__} has a parameter group that the checkpoint has not: it differs in {', '.join(odd)} from "
                     "the nearest. Make the groups as they were when it was saved."
                 )
+
+
+def restore(engine: Engine, optimizers: Optimizers, state: dict[str, Any]) -> None:
+    """Hand the filled state to the optimizers, groups matched by the parameters they hold: see `check_groups`."""
+    saved = {frozenset(group["params"]): group for group in state["param_groups"]} if optimizers else {}
+    for optimizer in optimizers:
+        numbered: dict[str, Any] = {"state": {}, "param_groups": []}
+        names = _names(engine, optimizer)
+        for group in names:
             first = sum(len(g["params"]) for g in numbered["param_groups"])
             settings = {key: value for key, value in saved[frozenset(group)].items() if key != "params"}
             numbered["param_groups"].append({**settings, "params": list(range(first, first + len(group)))})

@@ -39,8 +39,9 @@ class Options:
             at each gradient before it is reduced, to say on which rank one that is not finite arose. "checksums" does that, and compares
             every message that arrives with what was sent, and every compute copy with what its refresh wrote: slow, for the search of a
             faulty link or memory.
-        nonfinite: what an optimizer's step does when a gradient is not finite on any rank: "skip" it on all ranks, count and say it;
-            "raise" FloatingPointError on all ranks; "ignore" it, without the exchange that the others cost.
+        nonfinite: what an optimizer's step does when a gradient that it steps is not finite on any rank: "skip" it on all ranks, count and
+            say it; "raise" FloatingPointError on all ranks; "ignore" it, without the exchange that the others cost (but where weights
+            were read outside of compiled graphs: ranks still compare which).
         strict: raise after a forward in which a parameter was read outside of compiled graphs: see zcompile.coverage.
         fullgraph, dynamic: as in torch.compile, for a model that compiles itself.
     """

@@ -30,7 +30,7 @@ class Files:
     """The tensors of a folder of safetensors files, by the names that `model` has for them.
 
     Raises:
-        CheckpointError: there are none, or the index names a file that is not there.
+        CheckpointError: there are none, the index is damaged, or it names a file that is not there.
     """
 
     def __init__(self, model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -53,7 +53,7 @@ class Files:
     def _index(self) -> dict[str, Path]:
         index, single = self.folder / INDEX, self.folder / WEIGHTS
         if index.is_file():
-            where = {name: self.folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            where = {name: self.folder / file for name, file in _weight_map(index).items()}
         else:
             files = [single] if single.is_file() else sorted(self.folder.glob("*.safetensors"))
             where = {name: file for file in files for name in _names(file)}
@@ -74,6 +74,17 @@ class Files:
     def name_of(self, slot: Slot) -> str | None:
         """The name in the files of a parameter: of any of its names, if it is tied."""
         return next((self.names[name] for name in slot.names if name in self.names), None)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Name of a tensor -> name of its file, of the index of a checkpoint in several files."""
+    try:
+        found = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{index} is damaged: {type(error).__name__}: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f'{index} is damaged: its "weight_map" is no map of names to files')
+    return found
 
 
 def _names(file: Path) -> list[str]:

@@ -57,12 +57,9 @@ def gradients(engine: Engine) -> dict[str, Any]:
 
 
 def empty_gradients(engine: Engine, index: Metadata, drop_window: bool) -> dict[str, Any]:
-    """Buffers of the gradients that the checkpoint has, for dcp.load to fill; those that this model had are forgotten."""
-    engine.drop_accumulated()
+    """Buffers of the gradients that the checkpoint has, for dcp.load to fill. Nothing of the model is changed."""
     found = entries(index, "gradients")
     out: dict[str, Any] = {}
-    for slot in engine.slots:
-        slot.master.grad = None
     if "synced" in found:
         out["synced"] = {
             slot.name: torch.zeros_like(slot.master, requires_grad=False)
@@ -78,7 +75,7 @@ def empty_gradients(engine: Engine, index: Metadata, drop_window: bool) -> dict[
                 "those micro-batches."
             )
         mains = {
-            slot.name: rows(engine, engine.main_grad(slot))
+            slot.name: rows(engine, engine.new_main(slot))
             for slot in engine.slots
             if slot.name in found["window"][key]["mains"]
         }
@@ -88,11 +85,16 @@ def empty_gradients(engine: Engine, index: Metadata, drop_window: bool) -> dict[
 
 
 def take_gradients(engine: Engine, filled: dict[str, Any]) -> None:
-    """Main grads were filled in place."""
+    """The gradients of a checkpoint in the place of those that this model had."""
+    engine.drop_accumulated()
     for slot in engine.slots:
-        if slot.name in filled.get("synced", {}):
-            slot.master.grad = filled["synced"][slot.name]
+        slot.master.grad = filled.get("synced", {}).get(slot.name)
     for window in filled.get("window", {}).values():
+        engine.window.mains = {
+            slot: window["mains"][slot.name].to_local().view(-1)
+            for slot in engine.slots
+            if slot.name in window["mains"]
+        }
         marks = window["touched"].to_local().flatten().tolist()
         engine.window.touched = {slot for slot, mark in zip(engine.slots, marks, strict=True) if mark}
 

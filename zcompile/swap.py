@@ -24,13 +24,14 @@ MOST_MEMBERS = 16
 """In larger groups every member would hold a connection to every other: gloo's rings are left to do it."""
 
 STREAMS = 8
-_TAGS = 1 << 20
-"""Of each stream; by then the messages that had a tag before are long over."""
+_NUMBERS, _SIZES = 1 << 16, 1 << 12
+"""Of each stream: calls, after which the messages that had a tag before are long over, and sizes of messages, as good as told apart."""
 
 
 class Swap:
     """The messages of one communicator. Within a stream every member calls the same methods in the same order: stream and number of the
-    call are its tag. Streams are independent of one another, so that threads may each use one of their own.
+    call are its tag, and the size of the message: one that is not what its receiver expects would end the process (gloo aborts), where so
+    both wait, and the watch says for what. Streams are independent of one another, so that threads may each use one of their own.
 
     Args:
         timeout: seconds that a wait may take before it raises.
@@ -54,7 +55,7 @@ class Swap:
 
     def _exchange(self, out: Tensor, parts: Tensor, sent: Tensor, stream: int) -> Exchange:
         """`parts` [members, n], of which member k gets row k; `sent`: the same in host memory, one row if all are equal."""
-        tag = stream * _TAGS + next(self._calls[stream]) % _TAGS
+        tag = _tag(stream, next(self._calls[stream]), parts[0].numel() * parts.itemsize)
         others = [(self._rank + k) % self._size for k in range(1, self._size)]
         landing = out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
         works: list[tuple[int, Any]] = [
@@ -64,6 +65,11 @@ class Swap:
         out[self._rank].copy_(parts[self._rank])
         arrived = [] if landing is out else [(out[other], landing[other]) for other in others]
         return Exchange(works, out, timedelta(seconds=self.timeout), arrived)
+
+
+def _tag(stream: int, number: int, size: int) -> int:
+    mixed = size * 0x9E3779B1 >> 16  # sizes are multiples of powers of two: all of their bits count
+    return (stream * _SIZES + mixed % _SIZES) * _NUMBERS + number % _NUMBERS
 
 
 class Exchange(dist.Work):

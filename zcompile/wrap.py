@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
@@ -167,7 +167,8 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan | Auto, 
             print(f"zcompile: {said}", file=sys.stderr, flush=True)
     main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")
     resolved = plan.resolve(found, main, _chip(device))
-    _agree(runtime, model, resolved, compute, options)
+    begins = {"compile": compile, "device": device.type, "pretrained": beginning.pretrained is not None}
+    _agree(runtime, model, resolved, compute, options, begins)
     source = None if beginning.pretrained is None else folder_of(beginning.pretrained)
     files: pretrained.Files | None = None
     if source is not None:
@@ -243,15 +244,14 @@ def _check_model(model: nn.Module, compute_dtype: torch.dtype | None) -> dict[st
     return compute
 
 
-def _agree(runtime: Runtime, model: nn.Module, plan: Any, compute: dict[str, torch.dtype], options: Options) -> None:
+def _agree(runtime: Runtime, model: nn.Module, plan: Any, compute: dict[str, torch.dtype], options: Options,
+           begins: dict[str, Any]) -> None:  # fmt: skip
+    """AgreementError unless all ranks were given the same; where a rank dumps is its own."""
     from zcompile import __version__
 
     runtime.agreement.compare("settings of hierarchical_zero", {
         "zcompile": __version__, "torch": torch.__version__, "plan": plan.describe().splitlines(), "plan key": plan.key,
-        "options": {
-            "codegen": options.codegen, "checks": options.checks, "sync_init": options.sync_init, "overlap": options.overlap,
-            "memory": options.memory, "keep": options.keep, "nonfinite": options.nonfinite,
-        },
+        "options": begins | {name: value for name, value in asdict(options).items() if name not in ("dump", "dump_ranks")},
         "parameters": [
             [names[0][0], list(p.shape), str(compute[names[0][0]]), p.requires_grad] for p, names in named_owners(model).items()
         ],

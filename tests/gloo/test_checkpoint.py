@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support.spawn import Pool
 from support.state import Awkward, one_step, same_bits, whole_state
+from support.training import refused
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -41,6 +45,7 @@ def made(
 
 
 KINDS = ("adamw", "foreach", "fused", "sgd", "two")
+PRESETS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "zeropp", "zero_topo")
 WORLDS = {8: ("2x2x2", "zero_topo"), 4: ("2x2", "zeropp"), 6: ("3x2", "hsdp"), 1: ("1", "ddp")}
 
 
@@ -88,6 +93,55 @@ def test_f16_any_world_and_plan_to_any_other_bit_for_bit(tmp_path: Path) -> None
                 pool.close()
     finally:
         eight.close()
+
+
+def _presets(rank: int, folder: str, presets: tuple[str, ...]) -> None:
+    """What is saved under each preset comes back under every one, to the bit."""
+    expected, models = {}, {}
+    for number, preset in enumerate(presets):
+        model, optimizers = models[preset] = made("2x2", preset, "adamw", seed=number)
+        one_step(model, optimizers, number)
+        zcompile.save(model, optimizers, f"{folder}/{preset}")
+        expected[preset] = whole_state(model, *optimizers)
+    for saved in presets:
+        for model, optimizers in models.values():
+            zcompile.load(model, optimizers, f"{folder}/{saved}")
+            same_bits(whole_state(model, *optimizers), expected[saved])
+
+
+def written_once(folder: Path, ranks: int) -> None:
+    """No replica writes what another has written: shards do not overlap and fill their tensors, and the files hold nothing else."""
+    index = read_index(folder)
+    for name, entry in index.state_dict_metadata.items():
+        if not hasattr(entry, "chunks"):
+            continue
+        boxes = [[range(o, o + s) for o, s in zip(c.offsets, c.sizes, strict=True)] for c in entry.chunks]
+        assert len({str(box) for box in boxes}) == len(boxes), f"{name}: a shard is written twice"
+        assert sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel(), name
+    places = {(info.relative_path, info.offset): info.length for info in index.storage_data.values()}
+    files = {file.name: file.stat().st_size for file in folder.glob("*.distcp")}
+    for file, size in files.items():
+        assert sum(length for (name, _), length in places.items() if name == file) == size, (
+            f"{file}: more than the index names"
+        )
+    assert len(files) == ranks and min(files.values()) > 0  # writers are spread over all ranks
+    kinds = {name.split(".")[0] for name, entry in index.state_dict_metadata.items() if hasattr(entry, "chunks")}
+    assert {"model", "optimizer"} <= kinds
+
+
+@pytest.mark.parametrize(
+    "presets",
+    [
+        pytest.param(("ddp", "hsdp"), id="those with replicas"),
+        pytest.param(PRESETS, marks=pytest.mark.slow, id="all: 49 loads"),
+    ],
+)
+def test_f16_any_preset_to_any_preset_and_no_replica_writes_twice(
+    ranks: Any, tmp_path: Path, presets: tuple[str, ...]
+) -> None:
+    ranks(4).run(_presets, str(tmp_path), presets, timeout=300)
+    for preset in presets:
+        written_once(tmp_path / preset, 4)
 
 
 # -- other systems -------------------------------------------------------------------------------------------------------------------
@@ -187,13 +241,7 @@ def test_other_systems_read_ours_and_we_read_theirs(ranks: Any, tmp_path: Path) 
         first = places.setdefault((info.relative_path, info.offset), key.fqn)
         tied = {first, key.fqn} == {"model.embed.weight", "model.head.weight"}
         assert tied or first == key.fqn, (first, key)
-    for name, entry in index.state_dict_metadata.items():
-        if name.startswith("model.") and hasattr(entry, "chunks"):
-            rows = [tuple(chunk.offsets) for chunk in entry.chunks]
-            assert len(set(rows)) == len(rows), f"{name}: a shard is written twice"
-            assert sum(chunk.sizes.numel() for chunk in entry.chunks) == entry.size.numel(), name
-    written = {file.name: file.stat().st_size for file in (tmp_path / "ours").glob("*.distcp")}
-    assert len(written) == 4 and min(written.values()) > 0  # writers are spread over all ranks
+    written_once(tmp_path / "ours", 4)
 
 
 def _asynchronous(rank: int, folder: str) -> None:
@@ -240,6 +288,66 @@ def test_asynchronous_saves_hold_the_moment_of_the_call_and_another_world_is_tol
     for notices in ranks(2).run(_other_buffers, str(tmp_path)):
         assert len(notices) == 2
         assert "not those of 2 ranks" in notices[0] and "buffers that differed" in notices[1] and "seen" in notices[1]
+
+
+def _extras(rank: int, folder: str) -> str:
+    """What is handed over comes back equal, keys, types and empty containers too; a scheduler decays as if it had never stopped."""
+    model, (optimizer,) = made("2", "zero3", "adamw")
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[3, 3, 5], gamma=0.1)
+    for number in range(2):
+        one_step(model, [optimizer], number)
+        scheduler.step()
+    shared: dict[str, Any] = {
+        "scheduler": scheduler.state_dict(), "nothing": {}, "none": None, "list": [], "deep": {"a": {}, "b": [{}, [], {2: {}}]},
+        "keys": {1: "int", "1": "text", 2.5: 0, (1, "x"): 1, None: 2, False: 3}, "a.b": 1, "a": {"b": 2}, "pair": (1, [2, (3,)]),
+        "set": {"x", "y"}, "ordered": OrderedDict(z=1, a=torch.arange(3)), "one": (5,), "in a tuple": ({"t": torch.ones(2, 2)},),
+        "ema": {name: p.detach() * 2 for name, p in model.named_parameters()},
+    }  # fmt: skip
+    own = {"rank": {rank: {}}, "state": torch.full((2,), rank)}
+    zcompile.save(model, optimizer, f"{folder}/extras", shared, own=own)
+    refused(
+        TypeError,
+        ("own['x']", "give it as extra"),
+        lambda: zcompile.save(model, None, f"{folder}/x", own={"x": model.scale}),
+    )
+
+    other, (again,) = made("2", "hsdp", "adamw", seed=3)
+    restarted = torch.optim.lr_scheduler.MultiStepLR(again, milestones=[3, 3, 5], gamma=0.1)
+    found = zcompile.load(other, again, f"{folder}/extras")
+    assert _shown(found.extra) == _shown(shared)
+    assert _shown(found.own) == _shown(own)
+    restarted.load_state_dict(found.extra["scheduler"])
+    rates = []
+    for stepper, opt in ((scheduler, optimizer), (restarted, again)):
+        rates.append([])
+        for _ in range(4):
+            opt.step()
+            stepper.step()
+            rates[-1].append(stepper.get_last_lr()[0])
+    assert rates[0] == rates[1] and rates[0][0] != rates[0][-1] and rates[0][0] == pytest.approx(1e-4), rates
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        zcompile.save(model, None, f"{folder}/differs", {"step": 1, "loss": 0.1 * rank, "tensor": torch.tensor(rank)})
+    assert zcompile.load(other, None, f"{folder}/differs").extra["loss"] == 0
+    return said.getvalue()
+
+
+def _shown(value: Any) -> str:
+    """Types, keys in their order, and the values of tensors, sharded ones as whole."""
+    if isinstance(value, torch.Tensor):
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        return f"{whole.dtype} {whole.shape} {whole.tolist()}"
+    if isinstance(value, dict):
+        return f"{type(value).__name__} {[(repr(key), _shown(each)) for key, each in value.items()]}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} {[_shown(each) for each in value]}"
+    return f"{type(value).__name__} {sorted(value) if isinstance(value, set) else value!r}"
+
+
+def test_extra_and_own_come_back_equal(ranks: Any, tmp_path: Path) -> None:
+    said, other = ranks(2).run(_extras, str(tmp_path), timeout=100)
+    assert "zcompile: extra['loss'] and 1 more differ from rank to rank" in said and other == ""
 
 
 def t5(seed: int) -> Any:

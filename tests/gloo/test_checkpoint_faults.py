@@ -33,7 +33,7 @@ def refused(words: tuple[str, ...], call: Callable[[], Any], kind: type[Exceptio
 
 @contextlib.contextmanager
 def full_disk(kind: str) -> Iterator[None]:
-    """On this rank: files stop at 4 KB, or all writes go to a device that is full."""
+    """On this rank: files stop at 4 KB, or all writes go to a device that is full; or writing raises, or runs out of memory."""
     if kind == "limit":
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -46,6 +46,10 @@ def full_disk(kind: str) -> Iterator[None]:
 
     @contextlib.contextmanager
     def stream(self: Any, path: Any, mode: str) -> Any:
+        if kind == "raise":
+            raise ValueError("sample 17 is no number")
+        if kind == "memory":
+            torch.empty(1 << 60)
         with original(self, "/dev/full", mode) as file:
             yield file
 
@@ -77,6 +81,19 @@ def _full_disk(rank: int, root: str) -> None:
         saving = zcompile.save(model, optimizer, f"{root}/new", asynchronous=True)
         assert saving is not None
         refused(("rank 1", "__1_0.distcp", "No space left"), saving.wait)
+
+    def save(asynchronous: bool) -> None:
+        saving = zcompile.save(model, optimizer, f"{root}/new", asynchronous=asynchronous)
+        if saving is not None:
+            saving.wait()
+
+    for kind, words in {
+        "raise": "ValueError: sample 17 is no number",
+        "memory": "RuntimeError: [enforce fail at alloc_cpu",
+    }.items():
+        for odd, asynchronous in ((1, False), (0, True)):
+            with full_disk(kind) if rank == odd else contextlib.nullcontext():
+                refused((f"rank {odd}", f"__{odd}_0.distcp", words), lambda: save(asynchronous))  # noqa: B023 (called at once)
     full = full_disk("device") if rank == 0 else contextlib.nullcontext()
     with full:  # an error of a background write that nobody waited for is told by the next call
         zcompile.save(model, optimizer, f"{root}/new", asynchronous=True)
@@ -210,6 +227,61 @@ def _damaged(rank: int, root: str) -> None:
     zcompile.save(model, optimizer, f"{root}/cut")
     latest = zcompile.latest_checkpoint(root)
     assert latest == Path(root, "cut"), latest
+
+
+def _refused_loads(rank: int, root: str) -> None:
+    """What is refused has written nothing: weights, moments, gradients and the open window are as they were, to the bit."""
+    model, optimizer = made()
+    one_step(model, [optimizer], 0)
+    zcompile.save(model, optimizer, f"{root}/good")
+    torch.manual_seed(0)
+    elsewhere: Any = hierarchical_zero(Awkward(), topology="2", plan="hsdp", compile=False)
+    with elsewhere.no_sync():
+        elsewhere(torch.arange(10).view(2, 5)).backward()
+    zcompile.save(elsewhere, None, f"{root}/open")
+
+    other, used = made(seed=5)
+    one_step(other, [used], 3)
+    other(torch.arange(10).view(2, 5)).backward()
+    with other.no_sync():
+        other(torch.arange(10).view(2, 5)).backward()
+    groups = torch.optim.AdamW([{"params": [p]} for p in other.parameters() if p.requires_grad])
+
+    def everything() -> dict[str, Any]:
+        found = whole_state(other, used) | {f"{n}/grad": p.grad for n, p in other.named_parameters()}
+        window = other.zero.window
+        found |= {f"{slot.name}/main": main for slot, main in window.mains.items()}
+        found |= {f"{slot.name}/touched": slot in window.touched for slot in other.zero.slots}
+        found |= {f"{number}/stale": unit.stale for number, unit in enumerate(other.zero.units)}
+        whole = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in found.items()}
+        return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in whole.items()}
+
+    before = everything()
+    assert any(name.endswith("/main") for name in before) and any(
+        before[f"{slot.name}/touched"] for slot in other.zero.slots
+    )
+    refused(("parameter group",), lambda: zcompile.load(other, groups, f"{root}/good"))
+    same_bits(everything(), before)
+    odd = groups if rank == 1 else used
+    refused(("parameter group",), lambda: zcompile.load(other, odd, f"{root}/good"))
+    same_bits(everything(), before)
+    refused(("between micro-batches",), lambda: zcompile.load(other, None, f"{root}/open"))
+    same_bits(everything(), before)
+    refused(("no optimizer state",), lambda: zcompile.load(other, used, f"{root}/open", drop_window=True))
+    same_bits(everything(), before)
+    refused(
+        ("arguments of zcompile.load", "rank 1"),
+        lambda: zcompile.load(other, used if rank else None, f"{root}/good"),
+        RuntimeError,
+    )
+    same_bits(everything(), before)
+    zcompile.load(other, used, f"{root}/good")
+    same_bits(whole_state(other, used), whole_state(model, optimizer))
+    assert other.zero.memory()["main"] == 0 and all(p.grad is None for p in other.parameters())
+
+
+def test_a_refused_load_has_written_nothing(ranks: Any, tmp_path: Path) -> None:
+    ranks(WORLD).run(_refused_loads, str(tmp_path), timeout=100)
 
 
 def _flip(file: Path, values: torch.Tensor) -> None:

@@ -66,6 +66,33 @@ def test_a_job_of_four_ranks(job: Jobs, tmp_path: Path) -> None:
     assert main(["doctor", "--recording", str(tmp_path / "job.json")]) == 0
 
 
+def unwritable(rank: int, folder: str, option: str) -> None:
+    sys.exit(main(["doctor", "--topology", "2", option, f"{folder}/no/such/file", "--timeout", "20"]))
+
+
+@pytest.mark.parametrize("option", ["--record", "--json"])
+def test_a_file_that_cannot_be_written_ends_all_ranks_at_once(job: Jobs, tmp_path: Path, option: str) -> None:
+    ranks = job.run(unwritable, 2, str(tmp_path), option)
+    assert [rank.code for rank in ranks] == [2, 2], ranks
+    assert f"{tmp_path}/no/such/file" in ranks[0].output and "Traceback" not in ranks[0].output + ranks[1].output, ranks
+    assert max(rank.seconds for rank in ranks) < 60, "nobody waits for the code of a rank that is gone"
+
+
+def unmet(rank: int, folder: str) -> None:
+    """Two of three come."""
+    arguments = ["doctor", "--topology", "3", "--json", f"{folder}/result.json", "--timeout", "1"]
+    if rank < 2:
+        sys.exit(main(arguments))
+
+
+def test_where_the_ranks_do_not_meet_rank_0_writes_the_result(job: Jobs, tmp_path: Path) -> None:
+    ranks = job.run(unmet, 3, str(tmp_path))
+    assert [rank.code for rank in ranks] == [1, 1, 0], ranks
+    assert all("rendezvous" in rank.output for rank in ranks[:2])
+    (finding,) = json.loads((tmp_path / "result.json").read_text())["findings"]
+    assert finding["check"] == "rendezvous" and finding["seen"].startswith("rank 0: "), finding
+
+
 def failed(job: Jobs, folder: Path, *fault: str) -> dict[str, Any]:
     ranks = job.run(doctor, 4, str(folder), *fault)
     assert [rank.code for rank in ranks] == [1] * 4, ranks

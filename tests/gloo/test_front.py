@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import pickle
 import subprocess
@@ -182,6 +183,13 @@ def test_f29_what_this_version_cannot_honour_is_refused() -> None:
         Plan.preset("auto")
 
 
+OPTIONS: dict[str, tuple[Any, Any]] = {
+    "codegen": (False, True), "compile": (False, True), "strict": (False, True), "fullgraph": (False, True), "dynamic": (None, False),
+    "timeout": (20.0, 30.0),
+}  # fmt: skip
+"""name -> what all but the last rank are given, and the last one"""
+
+
 def _different(rank: int, case: str) -> str:
     odd = rank == WORLD - 1
     settings: dict[str, Any] = {"topology": "2", "compile": False, "timeout": 20.0}
@@ -189,8 +197,8 @@ def _different(rank: int, case: str) -> str:
     model = mlp()
     if case == "plan":
         settings["plan"] = "zero3" if odd else "ddp"
-    elif case == "option":
-        settings["codegen"] = odd
+    elif case in OPTIONS:
+        settings[case] = OPTIONS[case][odd]
     elif case == "dtype":
         settings["compute_dtype"] = torch.bfloat16 if odd else None
     elif case == "shape" and odd:
@@ -211,7 +219,7 @@ def _different(rank: int, case: str) -> str:
     ("case", "words"),
     [
         ("plan", ("rank 1", "rank 0", "zero3", "ddp")),
-        ("option", ("rank 1", "codegen", "true", "false")),
+        *((name, ("rank 1", f".options.{name}`", *map(json.dumps, values))) for name, values in OPTIONS.items()),
         ("dtype", ("rank 1", "bfloat16", "float32")),
         ("shape", ("rank 1", "5", "6")),
         ("frozen", ("rank 1", "true", "false")),

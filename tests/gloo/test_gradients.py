@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.training import batch, mlp, ours, square, theirs
+from support.training import batch, mlp, ours, replicas, square, theirs
 from torch import nn
 
 import zcompile
@@ -218,9 +218,36 @@ def test_every_rank_raises_where_that_is_asked_for(ranks: Any) -> None:
     assert one == two and "second.weight" in one
 
 
-def ignoring(rank: int) -> list[int]:
+def two_optimizers(rank: int) -> list[Any]:
+    """[which weights changed, steps skipped]: rank 1 spoils the gradient of `second.weight` alone."""
     torch.manual_seed(0)
-    model: Any = hierarchical_zero(Poisoned(), topology="2x1", plan="zero3", compile=False, nonfinite="ignore")
+    model: Any = hierarchical_zero(Poisoned(), topology="2x1", plan="zero3", compile=False)
+    spoilt = torch.optim.SGD(model.second.parameters(), lr=0.1)
+    well = torch.optim.SGD(model.first.parameters(), lr=0.1)
+    model.value = math.nan if rank == 1 else 1.0
+    before = zcompile.full_state_dict(model)
+    model(batch(rank, 0, 4, 7)).backward()
+    spoilt.step()
+    well.step()
+    after = zcompile.full_state_dict(model)
+    replicas(model)
+    return [
+        [name for name in before if not torch.equal(before[name], after[name])],
+        zcompile.ledger(model)["skipped_steps"],
+    ]
+
+
+def test_of_two_optimizers_each_looks_at_what_it_steps(ranks: Any) -> None:
+    for changed, skipped in ranks(2).run(two_optimizers):
+        assert changed == ["first.weight", "first.bias"] and skipped == 1
+
+
+def ignoring(rank: int, compiled: bool) -> list[int]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = hierarchical_zero(
+        Poisoned(), topology="2x1", plan="zero3", compile=compiled, codegen=False, nonfinite="ignore"
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.value = math.nan if rank == 1 else 1.0
     model(batch(rank, 0, 4, 7)).backward()
@@ -238,5 +265,7 @@ def ignoring(rank: int) -> list[int]:
 
 
 def test_without_the_check_nothing_is_exchanged_and_masters_are_spoilt(ranks: Any) -> None:
-    for exchanges, spoilt in ranks(2).run(ignoring):
+    for exchanges, spoilt in ranks(2).run(ignoring, True):
         assert exchanges == 0 and spoilt > 0
+    for exchanges, spoilt in ranks(2).run(ignoring, False):  # which weights were read: see zcompile.launches
+        assert exchanges == 1 and spoilt > 0

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 import pytest
 import torch
+from support.spawn import RanksFailed
 from support.training import batch, both, graphs, mlp, received, replicas, same, sgd, square, step, theirs, train, twins
 from torch import Tensor, nn
+
+from zcompile.agreement import AgreementError
+from zcompile.faults.verdict import FaultError
 
 WORLD = 4
 TWO = pytest.mark.parametrize("mode", ["eager", "graph"])
@@ -55,6 +60,106 @@ def _branches(rank: int, mode: str) -> None:
 @TWO
 def test_parameters_unused_in_a_step_or_used_in_an_early_micro_batch_only(ranks: Any, mode: str) -> None:
     ranks(WORLD).run(_branches, mode)
+
+
+class Parted(nn.Module):
+    """One of two branches, or none; `outside` keeps them out of graphs."""
+
+    def __init__(self, width: int, outside: bool = False) -> None:
+        super().__init__()
+        self.trunk, self.left, self.right = nn.Linear(7, 7), nn.Linear(7, 3), nn.Linear(7, width)
+        self.last = nn.Linear(7, 2)
+        self.branch: Any = torch.compiler.disable(self._branch) if outside else self._branch
+
+    def _branch(self, hidden: Tensor, which: str) -> Tensor:
+        found: Tensor = self.left(hidden) if which == "left" else self.right(hidden)  # read here
+        return found
+
+    def forward(self, x: Tensor, which: str) -> Tensor:
+        hidden = self.trunk(x).tanh()
+        out = self.last(hidden).square().mean()
+        return out + self.branch(hidden, which).square().mean() if which else out
+
+
+def _parted(rank: int, mode: str, width: int, odd: str, outside: bool, settings: dict[str, Any]) -> tuple[str, bool]:
+    """What a step in which odd ranks take another branch says, and whether the weights are what they were."""
+    other = mode == "other compiler"
+    model, _ = twins(lambda: Parted(width, outside), "eager" if other else mode, **settings)
+    called: Any = torch.compile(model, backend="eager") if other else model
+    (optimizer,) = sgd(model)
+    before = [p.to_local().clone() for p in model.parameters()]
+    said = ""
+    try:
+        called(batch(rank, 0, 4, 7), odd if rank % 2 else "left").backward()
+        optimizer.step()
+    except AgreementError as error:
+        if isinstance(error, FaultError):  # nothing runs on these ranks any more
+            raise
+        said = str(error)
+    return said, all(torch.equal(p.to_local(), old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("mode", "outside", "settings"),
+    [
+        ("eager", False, {}),
+        ("eager", False, {"nonfinite": "ignore"}),
+        ("graph", False, {}),
+        ("graph", True, {}),
+        ("other compiler", False, {}),
+    ],
+    ids=["eager", "eager, nonfinite ignored", "graph", "a branch outside of graphs", "another compiler"],
+)
+def test_f11_a_branch_on_some_ranks_only_is_an_error_before_a_step_though_shapes_are_equal(
+    ranks: Any, mode: str, outside: bool, settings: dict[str, Any]
+) -> None:
+    found = ranks(WORLD).run(_parted, mode, 3, "right", outside, settings)
+    assert all(unchanged for _, unchanged in found)
+    assert len({said for said, _ in found}) == 1
+    said = found[0][0]
+    assert "rank 0" in said and "rank 1" in said and "left.weight" in said and "right.weight" in said, said
+    if mode == "graph" and not outside:
+        assert "ranks disagree on collectives of this forward" in said, said
+    else:
+        assert "launched different transfers over level `node`" in said, said
+        assert "rank 0 has `gather of left.weight" in said and "rank 1 has `gather of right.weight" in said, said
+        assert mode == "other compiler" or said.count("at test_loops.py:") == 2, said
+
+
+@pytest.mark.parametrize(("width", "odd"), [(5, "right"), (3, "")], ids=["of another size", "none"])
+def test_f11_an_eager_branch_that_others_do_not_take_is_no_hang(ranks: Any, width: int, odd: str) -> None:
+    """Messages of two sizes never meet (gloo would abort both processes): who waits is told in time for what, and who is elsewhere."""
+    with pytest.raises(RanksFailed) as caught:
+        ranks(WORLD).run(_parted, "eager", width, odd, False, {"timeout": 1.5})
+    failures = caught.value.failures
+    assert len(failures) == WORLD and {failure.type for failure in failures.values()} == {"FaultError"}, caught.value
+    for failure in failures.values():
+        assert "waits at another place: the ranks do not run the same sequence of collectives" in failure.message
+        missed = "(left|right).weight" if odd else "(left|last).weight"
+        assert re.search(
+            rf"missed it in gather .*, of {missed} \(test_loops.py:\d+\), in eager code", failure.message
+        ), failure
+
+
+def _apart(rank: int, plan: str) -> None:
+    """Without gradients ranks that share no group for weights may read what they like; then they train on."""
+    model, dense = twins(lambda: Parted(5), "eager", plan=plan)
+    optimizers = sgd(model, dense)
+    both(model, dense, lambda model, rank, number: model(batch(rank, number, 4, 7), "left"), 0)
+    step(optimizers)
+    which = ["left", "right"][rank // 2 if plan == "zero_topo" else rank % 2]
+    with torch.no_grad():
+        for number in range(2):
+            x = batch(rank, number, 4, 7)
+            torch.testing.assert_close(model(x, which), dense(x, which), rtol=0, atol=1e-6)
+    both(model, dense, lambda model, rank, number: model(batch(rank, number, 4, 7), "right"), 3)
+    step(optimizers)
+    same(model, dense)
+
+
+@pytest.mark.parametrize("plan", ["zero_topo", "ddp"])
+def test_f11_what_is_gathered_apart_may_differ(ranks: Any, plan: str) -> None:
+    ranks(WORLD).run(_apart, plan)
 
 
 def _changing(rank: int, mode: str) -> None:

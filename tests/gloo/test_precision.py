@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 import zcompile
 from zcompile import Plan, hierarchical_zero
@@ -40,6 +46,89 @@ def table(rank: int, plan: dict[str, Any], dtype: torch.dtype | None) -> dict[st
             row = found["sent"].setdefault(what, {})
             row[wire] = row.get(wire, 0) + sizes[name]
     return found
+
+
+def counted(pairs: Iterable[tuple[torch.dtype, int]]) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for dtype, number in pairs:
+        name = SHORT[str(dtype).removeprefix("torch.")]
+        out[name] = out.get(name, 0) + number
+    return out
+
+
+def tensors(rank: int, plan: dict[str, Any], dtype: torch.dtype | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the table, the same of tensors): main grads of an open window, whole weights as a forward reads them, moments of two optimizers."""
+    model: Any = hierarchical_zero(
+        small(), topology="2x1", plan=Plan.preset("zero_topo", **plan), compute_dtype=dtype, compile=False
+    )
+    seen: dict[str, tuple[torch.dtype, int]] = {}
+    sizes = {slot.name: slot.spec.layout.numel for slot in model.zero.slots}
+
+    def look(prefix: str) -> Any:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            for name in sizes:
+                if name.rpartition(".")[0] == prefix:
+                    whole = getattr(module, name.rpartition(".")[2])
+                    assert not isinstance(whole, DTensor)
+                    seen[name] = (whole.dtype, whole.numel())
+
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(look(name)) if name else None
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    two = [torch.optim.AdamW(matrices), torch.optim.AdamW([p for p in model.parameters() if p.dim() != 2])]
+    ids = torch.arange(6).view(2, 3)
+    model(ids).float().square().mean().backward()
+    for optimizer in two:
+        optimizer.step()
+    with model.no_sync():
+        model(ids).float().square().mean().backward()
+    mains = model.zero.window.mains
+    assert set(seen) == set(sizes) == {slot.name for slot in mains}
+    moments = {key: counted((state[key].dtype, state[key].numel()) for each in two for state in each.state.values())
+               for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+    return zcompile.precision(model, two), {
+        "main gradients": counted((main.dtype, sizes[slot.name]) for slot, main in mains.items()),
+        "whole weights": counted(seen.values()),
+        **{f"optimizer's {key}": row for key, row in moments.items()},
+    }
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plan", [{}, {"wire": "paper"}], ids=["native", "paper"])
+def test_requirement_20_what_is_not_kept_is_what_a_forward_and_a_window_have(
+    ranks: Any, plan: dict[str, Any], dtype: torch.dtype | None
+) -> None:
+    for table, seen in ranks(2).run(tensors, plan, dtype):
+        for what, row in seen.items():
+            assert table[what] == row and sum(row.values()) == MATRICES + REST, what
+
+
+def example(rank: int, folder: str) -> tuple[str, dict[str, Any]]:
+    """What examples/train_gpt.py prints at the end of a run of one step, and the table."""
+    sys.path.insert(0, folder)
+    try:
+        import gpt
+        import train_gpt
+    finally:
+        sys.path.remove(folder)
+    arguments = train_gpt.parse(["--eager", "--layers", "1", "--hidden", "16", "--heads", "2", "--context", "8", "--dtype", "bfloat16",
+                                 "--topology", "1", "--steps", "1", "--accumulate", "1"])  # fmt: skip
+    text = torch.arange(4096).to(torch.uint8)
+    run = train_gpt.prepare(arguments, train_gpt.plan_of(arguments), gpt.Corpus(text, text, 1), torch.device("cpu"))
+    run.train_step()
+    console = Console(file=io.StringIO(), width=200)
+    train_gpt.report(run, console, None, 1.0, 0.5, 2.0)
+    return console.file.getvalue(), zcompile.precision(run.model, run.optimizer)  # type: ignore[attr-defined]
+
+
+def test_the_example_prints_the_table(ranks: Any) -> None:
+    ((printed, found),) = ranks(1).run(example, str(Path(__file__).parents[2] / "examples"))
+    lines = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.count("│") > 2}
+    for what, row in found.items():
+        assert all(f"{number:,}" in lines[what] for number in row.values()), (what, printed)
+    assert "optimizer's exp_avg" in lines and "bf16" in printed and "formats, and how many parameters" in printed
 
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}

@@ -176,6 +176,13 @@ def _bad(rank: int, root: str) -> None:
             folder("index", lambda f: (f / pretrained.INDEX).write_text('{"weight_map": {"0.bias": "gone.safetensors"}}')),
             ("gone.safetensors", "is not there"),
         ),
+        **{
+            f"index {number}": (
+                folder(f"index {number}", lambda f, text=text: (f / pretrained.INDEX).write_text(text)),
+                (pretrained.INDEX, "is damaged"),
+            )
+            for number, text in enumerate(('{"weight_map": {"0.bi', "[]", "{}", '{"weight_map": {"0.bias": 3}}', '{"weight_map": 1}'))
+        },
     }  # fmt: skip
     for name, (path, words) in cases.items():
         try:

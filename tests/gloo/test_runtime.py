@@ -18,6 +18,7 @@ from support.spawn import Pool, RanksFailed, run
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import zcompile
 from zcompile import _torch_compat as compat
 from zcompile.groups import CountingGroup, GroupError
 from zcompile.runtime import TRANSFERS, Runtime
@@ -202,6 +203,26 @@ def _close(rank: int) -> Any:
 
 def test_close_unregisters_and_the_next_runtime_reuses_the_communicators(ranks: Ranks) -> None:
     assert ranks(4).run(_close) == [(True, True, True, 0, 2)] * 4
+
+
+def _groups(rank: int, layers: int) -> int:
+    """Process groups that there are when a model of so many layers has trained, been evaluated, and given its state."""
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(layers)))
+    before = compat.number_of_groups()
+    model: Any = zcompile.hierarchical_zero(plain, topology="2x2", plan="zero_topo", compile=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 6)).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        model(torch.ones(2, 6))
+    zcompile.full_state_dict(model)
+    return compat.number_of_groups() - before
+
+
+def test_requirement_10_process_groups_are_two_a_level_and_one_however_deep_the_model_is() -> None:
+    for layers in (2, 20):  # each in processes of its own: groups are kept
+        assert run(_groups, 4, layers) == [2 * 2 + 1] * 4, layers
 
 
 def _refused(rank: int) -> list[str]:

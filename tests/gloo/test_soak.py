@@ -44,21 +44,40 @@ def test_restarts_end_with_the_bits_of_a_run_without_a_stop(tmp_path: Path) -> N
     assert "3 of 3" in found.stdout and "the same bits" in found.stdout
 
 
-def test_a_failed_start_and_a_lost_state_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One start fails, and the run goes on from the checkpoint before; what is not restored shows in the bits."""
-    steps = iter([2, RuntimeError("node 3 is gone"), 4])
+@pytest.mark.parametrize(
+    ("ends", "weights", "passed", "same", "lost", "said"),
+    [
+        ([2, RuntimeError("node 3 is gone"), 4], "ab", 2, True, 0, "the same bits after step 4"),
+        ([2, 2], "ab", 2, True, 2, "2 steps of starts that passed"),
+        ([2, 4], "cd", 2, False, 0, "other bits after step 4"),
+        ([2, 4], "ab", 2, True, 0, "the same bits after step 4"),
+    ],
+    ids=["a failed start", "a lost checkpoint", "other bits", "well"],
+)
+def test_a_failed_start_a_lost_checkpoint_and_other_bits_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], ends: list[Any], weights: str, passed: int,
+    same: bool, lost: int, said: str,
+) -> None:  # fmt: skip
+    """After a failed start the run goes on from the checkpoint before; what is compared is what the last one ended with."""
+    steps = iter(ends)
 
     def job(*arguments: Any, **keywords: Any) -> Any:
-        step = 6 if keywords["timeout"] > 300 else next(steps)
+        count, _, save = arguments[5:]
+        if not save:  # the run without a stop
+            return [{"step": count, "loss": 1.0, "weights": "ab"}]
+        step = next(steps)
         if isinstance(step, Exception):
             raise step
-        return [{"step": step, "loss": 1.0, "weights": "ab"}]
+        return [{"step": step, "loss": 1.0, "weights": weights}]
 
     monkeypatch.setattr(soak.ranks, "run", job)
-    code = cli.main(["soak", "--restarts", "3", "--json", str(tmp_path / "result")])
+    code = cli.main(["soak", "--restarts", str(len(ends)), "--json", str(tmp_path / "result")])
     result = json.loads((tmp_path / "result").read_text())
-    assert code == 1 and not result["ok"] and not result["same_bits"] and result["passed"] == 2
-    assert result["failures"] == [{"restart": 1, "error": "RuntimeError: node 3 is gone"}]
+    assert (result["passed"], result["same_bits"], result["lost_steps"]) == (passed, same, lost)
+    assert result["ok"] == (code == 0) == (passed == len(ends) and same and not lost)
+    if passed < len(ends):
+        assert result["failures"] == [{"restart": 1, "error": "RuntimeError: node 3 is gone"}]
+    assert said in capsys.readouterr().out
 
 
 def test_a_command_of_the_users_own(tmp_path: Path) -> None:

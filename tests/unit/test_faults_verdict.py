@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -69,6 +69,8 @@ def test_the_first_error_is_blamed_before_all_that_follows_from_it() -> None:
         ({0: record(0, at=REDUCE), 1: record(1, compiling=True)}, {}, [], "busy", (1,)),
         ({0: record(0, at=REDUCE), 1: record(1, at=GATHER), 2: record(2, at=REDUCE)}, {}, [], "apart", (1,)),
         ({0: record(0, at=REDUCE), 1: record(1, at=GATHER, caught=ERROR)}, {}, [], "apart", (1,)),
+        # the same number of the same transfer, of other parameters
+        ({0: record(0, at=REDUCE), 1: record(1, at=replace(REDUCE, parameters=("c.weight",)))}, {}, [], "apart", (1,)),
         # the one that went on may be the first to lose patience
         ({0: record(0, at=REDUCE, caught=ERROR), 1: record(1, at=GATHER, missing=(0,)), 2: record(2, at=GATHER)}, {}, [], "apart", (0,)),
         # one that closed its connections because its own wait took too long, and answers, is not dead

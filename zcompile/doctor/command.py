@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,11 +106,32 @@ def command(arguments: argparse.Namespace) -> int:
     return _job(arguments)
 
 
-def _finish(found: list[Finding], arguments: argparse.Namespace) -> int:
+def _finish(found: list[Finding], arguments: argparse.Namespace, writes: bool = True) -> int:
     result = report(found)
     show(found, Console(stderr=arguments.json == "-", soft_wrap=True))
-    write_json(result, arguments.json)
+    if writes:
+        write_json(result, arguments.json)
     return 0 if result["ok"] else 1
+
+
+def _alone(found: Finding, arguments: argparse.Namespace, rank: int) -> int:
+    """The ranks have not met: each shows what it has seen itself, and rank 0 writes the result."""
+    try:
+        return _finish([found], arguments, writes=rank == 0)
+    except OSError as error:
+        print(f"zcompile doctor: {error}", file=sys.stderr)
+        return 2
+
+
+def _unwritable(arguments: argparse.Namespace) -> str:
+    """What keeps rank 0 from writing --json and --record, "" if nothing does: asked before anybody begins."""
+    for target in (arguments.json, arguments.record):
+        if target and target != "-":
+            try:
+                Path(target).open("a").close()
+            except OSError as error:
+                return str(error)
+    return ""
 
 
 def _job(arguments: argparse.Namespace) -> int:
@@ -122,32 +144,45 @@ def _job(arguments: argparse.Namespace) -> int:
     try:
         begun = read_launch()
     except ValueError as error:
-        return _finish(
-            [Finding("launcher", "bad", str(error), "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, or srun")], arguments
-        )
+        said = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        wanted = "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, or srun"
+        return _alone(Finding("launcher", "bad", str(error), wanted), arguments, int(said) if said.isdigit() else 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         init_from_launcher(device, timeout=arguments.timeout)
     except (RuntimeError, ValueError) as error:
         advice = "all ranks must be started, and reach that address: look for one that is missing, and at MASTER_ADDR and MASTER_PORT"
-        return _finish(
-            [Finding("rendezvous", "bad", f"rank {begun.rank}: {error}", "all ranks meet", advice)], arguments
-        )
+        missed = Finding("rendezvous", "bad", f"rank {begun.rank}: {error}", "all ranks meet", advice)
+        return _alone(missed, arguments, begun.rank)
     rank, world, store = dist.get_rank(), dist.get_world_size(), compat.default_store()
+    if rank == 0:
+        store.set("zc/doctor/unwritable", _unwritable(arguments))
+    wrong = bytes(store.get("zc/doctor/unwritable")).decode()
+    if wrong and rank:
+        store.set(f"zc/doctor/end/{rank}", "")
+        return 2
+    if wrong:
+        print(f"zcompile doctor: {wrong}", file=sys.stderr)
+        return _end(store, 2, world, arguments.timeout)
     store.set(f"zc/doctor/look/{rank}", json.dumps(look(rank, begun.local_rank)))
     if rank:
         return _as_told(store, _tests(arguments, device, store), rank, world, arguments.timeout)
-    said = _collect(store, "look", world, arguments.timeout)
-    missing = [number for number in range(world) if number not in said]
+    looks = _collect(store, "look", world, arguments.timeout)
+    missing = [number for number in range(world) if number not in looks]
     found = [Finding("ranks", "bad", f"no word from ranks {missing[:8]}", "all ranks look")] if missing else []
-    recording = assemble([json.loads(said[number]) for number in sorted(said)])
+    recording = assemble([json.loads(looks[number]) for number in sorted(looks)])
     if arguments.record:
         Path(arguments.record).write_text(json.dumps(recording.to_json(), indent=1) + "\n")
     found += judge(recording, arguments.topology)
     found += _merged([_tests(arguments, device, store), *_others_tests(store, world, arguments.timeout)])
     code = _finish(sorted(found, key=lambda finding: STATUSES.index(finding.status)), arguments)
+    return _end(store, code, world, arguments.timeout)
+
+
+def _end(store: compat.Store, code: int, world: int, timeout: float) -> int:
+    """Rank 0 says how all end, and waits for them: the store is in its process."""
     store.set("zc/doctor/code", str(code))
-    _collect(store, "end", world, arguments.timeout, own=False)  # the store is in this process
+    _collect(store, "end", world, timeout, own=False)
     return code
 
 

@@ -184,8 +184,11 @@ def _earliest(trouble: Trouble, blamed: Sequence[int], records: Mapping[int, Rec
 
 
 def _same(record: Record, trouble: Trouble) -> bool:
-    """Whether a rank waits where the trouble was noticed."""
-    return any(tuple(wait["key"]) == trouble.key for wait in record["waits"])
+    """Whether a rank waits where the trouble was noticed, and for the same parameters."""
+    return any(
+        tuple(wait["key"]) == trouble.key and tuple(wait["parameters"]) == trouble.parameters
+        for wait in record["waits"]
+    )
 
 
 def _last(records: Mapping[int, Record], rank: int, now: float) -> list[str]:

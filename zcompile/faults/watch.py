@@ -31,7 +31,8 @@ from typing import Any
 from zcompile import _torch_compat as compat
 from zcompile.faults import errors
 from zcompile.faults.board import Board
-from zcompile.faults.sites import Site, compiling, subject, users_line
+from zcompile.faults.order import Order
+from zcompile.faults.sites import Listed, Site, compiling, subject, users_line
 from zcompile.faults.verdict import FaultError, Trouble, Verdict, judge
 from zcompile.faults.waits import closed_members
 
@@ -67,6 +68,8 @@ class Watch:
         self.on_device = on_device
         self._numbers: collections.Counter[tuple[str, str]] = collections.Counter()
         self._order = 0
+        self.order = Order()
+        """Of transfers that no graph lists."""
         self._waits: dict[int, tuple[Site, float, Callable[[], Sequence[int]]]] = {}
         """Of each thread: what it waits for, since when, and a function that says for whom."""
         self._last: Site | None = None
@@ -109,6 +112,8 @@ class Watch:
         self._last = site = Site(
             level, transfer, op, number, members, 0 if beside else self._order, parameters, source, stage
         )
+        if not beside and transfer != "agreement" and not isinstance(at_work, Listed):
+            self.order.note(site)
         return site
 
     @contextlib.contextmanager
