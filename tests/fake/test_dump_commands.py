@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -171,6 +172,81 @@ def test_one_line_more_is_one_line_in_a_diff(tmp_path: Path) -> None:
     assert (part.added, part.removed, part.first) == (1, 0, (0, "x", "w"))
 
 
+def again(_: int, *arguments: str) -> tuple[int, str, str]:
+    """The command in what is another process for the dump."""
+    dump._places.clear()
+    return command(0, *arguments)
+
+
+TINY = ("--topology", "2", "--plan", "zero3")
+
+
+def test_a_second_dump_into_a_folder_names_its_own_page(paper: Pool, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODEL)
+    arguments = ("dump", f"{tmp_path}/mine.py:make", *TINY, "--out", str(tmp_path / "out"))
+    for name in ("report.html", "report.2.html"):
+        code, shown, _ = paper.run(again, *arguments, timeout=TIMEOUT)[0]
+        assert code == 0 and f"open {tmp_path}/out/{name} in a browser" in shown
+    trace = tmp_path / "trace.json"
+    trace.write_text('{"traceEvents": []}')
+    for job, written in (((), "measured.2.json"), (("--job", "1"), "measured.json")):
+        assert not (tmp_path / "out" / written).exists()
+        _, _, error = run(paper, "measured", str(tmp_path / "out"), str(trace), *job)
+        assert (tmp_path / "out" / written).exists() and "of 2 jobs in" in error, error
+    code, _, error = run(paper, "measured", str(tmp_path / "out"), str(trace), "--job", "3")
+    assert code == 2 and "--job 3" in error and "holds 1, 2" in error
+
+
+def test_views_of_another_rank_do_not_replace_an_earlier_jobs(tmp_path: Path) -> None:
+    places = [dump.Place(tmp_path, rank, True) for rank in (0,)]
+    assert places[0].views is not None
+    views.write(places[0].views.path("ledger.json"), "[]")
+    other = dump.Place(tmp_path, 3, True)
+    assert other.root.name == "rank3" and other.views is not None
+    assert other.views.path("report.html").name == "report.2.html"
+
+
+@pytest.mark.parametrize("trouble", ["a file is in the way", "read-only"])
+def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    (tmp_path / "mine.py").write_text("def make():\n    raise AssertionError('traced')\n")
+    (tmp_path / "taken").write_text("")
+    out, complaint = tmp_path / "taken" / "out", "Not a directory"
+    if trouble == "read-only":
+        out, complaint = tmp_path / "out", "Read-only file system"
+
+        def read_only(*args: Any, **settings: Any) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr(views.tempfile, "TemporaryFile", read_only)
+    code, _, error = command(0, "dump", f"{tmp_path}/mine.py:make", *TINY, "--out", str(out))
+    assert code == 2 and error == f"zcompile dump: --out {out} cannot be written to: {complaint}\n"
+
+
+def full_disk(_: int, *arguments: str) -> tuple[int, str, str]:
+    """The command on a disk that is full before the views."""
+    before = views.write
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    views.write = full
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return command(0, *arguments)
+    finally:
+        views.write = before
+
+
+def test_a_dump_that_is_not_all_is_said_to_be(paper: Pool, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODEL)
+    arguments = ("dump", f"{tmp_path}/mine.py:make", *TINY, "--out", str(tmp_path / "out"))
+    code, _, error = paper.run(full_disk, *arguments, timeout=TIMEOUT)[0]
+    assert code == 1 and "is not all: OSError: [Errno 28] No space left on device" in error, error
+
+
 def explained(_: int) -> dict[str, Any]:
     model = world.wrapped(blocks=2, overlap=1)
     with pytest.raises(ValueError, match="nothing was compiled"):
@@ -291,7 +367,7 @@ def test_an_empty_graph_has_its_dump(paper: Pool, tmp_path: Path) -> None:
     paper.run(nothing_gathered, str(tmp_path), timeout=TIMEOUT)
     (step,) = json.loads((tmp_path / "ledger.json").read_text())
     assert step["parameters"][0]["backward"] == "" and step["exposed"] == 0.0
-    (data,), graphs = views.load(tmp_path)
+    (data,), graphs = views.load(tmp_path, 1)
     assert [graph["stage"] for graph in graphs] == ["joint", "inference"]
     assert page.render([data], graphs).count("<script") > 8
 

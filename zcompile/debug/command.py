@@ -8,6 +8,7 @@ zcompile dump train.py --topology 2x2x2 --out DIR -- --steps 3                  
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,8 @@ from torch import nn
 
 from zcompile.cli import write_json
 from zcompile.debug import paper, tables
-from zcompile.debug.dump import collecting
+from zcompile.debug.dump import Place, collecting
+from zcompile.debug.views import check_writable
 from zcompile.plan import Plan
 from zcompile.shapes import SHAPES, Decoder
 from zcompile.topology import Topology
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--plan", help="a preset (default: zero_topo, or what a script says)")
     option(
         "--out",
-        type=Path,
+        type=lambda text: Path(os.path.abspath(text)),  # a script may change the working directory
         metavar="DIR",
         help="folder for the dump; without it the tables are printed and nothing is kept",
     )
@@ -72,11 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    """0: dumped; 1: the script or the model failed, or no step was made; 2: bad arguments."""
+    """0: dumped; 1: the script, the model or the dump failed, or no step was made; 2: bad arguments."""
     begin = time.perf_counter()
     try:
         _check(arguments)
         run = _prepare(arguments)
+        _prepare_folder(arguments.out)  # the last thing: a mistake in the others leaves no folder
     except (ValueError, TypeError) as error:
         print(f"zcompile dump: {error}", file=sys.stderr)
         return 2
@@ -98,9 +101,14 @@ def command(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for each in found:
         console.print(tables.ledger(each, arguments.rows, arguments.sort))
-    if arguments.out is not None:
-        report = arguments.out / "report.html"
-        where = f"open {report} in a browser" if report.exists() else f"text in {arguments.out}/rank{arguments.rank}"
+    if arguments.out is None:
+        return 0
+    if broken := next((step.broken for step in steps if step.broken), ""):
+        print(f"zcompile dump: what is in {arguments.out} is not all: {broken}", file=sys.stderr)
+        return 1
+    if (place := Place.made(str(arguments.out), arguments.rank)) is not None:
+        report = place.views and place.views.path("report.html")
+        where = f"open {report} in a browser" if report and report.exists() else f"text in {place.root}"
         console.print(f"{escape(where)}  ({time.perf_counter() - begin:.1f} s)", soft_wrap=True)
     return 0
 
@@ -109,8 +117,6 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("micro_batches", "rows"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be 1 or more")
-    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
-        raise ValueError(f"--out {arguments.out}: is no folder")
     is_script = arguments.model.endswith(".py")
     if arguments.more and not is_script:
         raise ValueError(f"arguments {' '.join(arguments.more)!r}: only a script takes any")
@@ -154,6 +160,14 @@ def _prepare(arguments: argparse.Namespace) -> Any:
     if arguments.model not in SHAPES:
         paper.target(arguments.model)  # that it is there is known before anything is built
     return run
+
+
+def _prepare_folder(folder: Path | None) -> None:
+    if folder is not None:
+        try:
+            check_writable(folder)
+        except ValueError as error:
+            raise ValueError(f"--out {error}") from error
 
 
 def _model(arguments: argparse.Namespace, settings: dict[str, Any]) -> tuple[nn.Module, Any]:

@@ -39,6 +39,8 @@ from zcompile.passes.verify import traffic
 INPUT = "input"
 _LAST = (passes.JOINT[-1].NAME, passes.LOWERED[-1].NAME)
 _places: dict[tuple[int, str, int], Place] = {}
+_meant: dict[tuple[int, str], Path] = {}
+"""What a folder's name meant when this process first dumped into it: a script may change the working directory."""
 
 
 class Place:
@@ -49,10 +51,10 @@ class Place:
         with_views: whether this rank writes the views.
     """
 
-    def __init__(self, folder: str, rank: int, with_views: bool) -> None:
-        os.makedirs(folder, exist_ok=True)
+    def __init__(self, folder: Path, rank: int, with_views: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         for attempt in itertools.count(1):
-            self.root = Path(folder) / f"rank{rank}{'' if attempt == 1 else f'.{attempt}'}"
+            self.root = folder / f"rank{rank}{'' if attempt == 1 else f'.{attempt}'}"
             try:
                 self.root.mkdir()
             except FileExistsError:
@@ -62,15 +64,23 @@ class Place:
             break
         if attempt > 1:
             warnings.warn(f"zcompile: {folder} holds another job's dump; this job's is in {self.root}", stacklevel=6)
-        self.views = views.Views(Path(folder), "" if attempt == 1 else f".{attempt}") if with_views else None
+        # Another job may have dumped another rank: no folder of this rank's says that its views are there.
+        self.views = views.Views(folder, max(attempt, views.newest(folder) + 1)) if with_views else None
 
     @staticmethod
     def of(folder: str, rank: int, with_views: bool) -> Place:
         """That of this process and rank."""
-        key = (os.getpid(), os.path.abspath(folder), rank)
+        process = os.getpid()
+        place = _meant.setdefault((process, folder), Path(os.path.abspath(folder)))
+        key = (process, str(place), rank)
         if key not in _places:
-            _places[key] = Place(folder, rank, with_views)
+            _places[key] = Place(place, rank, with_views)
         return _places[key]
+
+    @staticmethod
+    def made(folder: str, rank: int) -> Place | None:
+        """That of this process and rank, where it has dumped into the folder."""
+        return _places.get((os.getpid(), os.path.abspath(folder), rank))
 
 
 _collecting: list[list[Step]] = []
@@ -125,11 +135,14 @@ class Dump:
         try:
             write()
         except Exception as error:
-            self._broken, self.step = True, None
-            warnings.warn(
-                f"zcompile: no further dump of graph {self.number} to {self.folder!r}: {type(error).__name__}: {error}",
-                stacklevel=4,
-            )
+            self._broken = True
+            if self.step is not None:
+                self.step.broken = f"{type(error).__name__}: {error}"
+            if self.folder:
+                warnings.warn(
+                    f"zcompile: no further dump of graph {self.number} to {self.folder!r}: {type(error).__name__}: {error}",
+                    stacklevel=4,
+                )
 
     # -- programs ----------------------------------------------------------------------------------------------------------------
 

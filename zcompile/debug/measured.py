@@ -366,6 +366,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trace", type=Path, metavar="TRACE", help="what torch.profiler exported in it (export_chrome_trace)"
     )
     parser.add_argument(
+        "--job",
+        type=int,
+        metavar="N",
+        help="which of the jobs that have dumped into DIR, from 1 on (default: the newest)",
+    )
+    parser.add_argument(
         "--json", metavar="FILE", help="write the result there ('-': standard output) instead of printing it"
     )
 
@@ -375,7 +381,8 @@ def command(arguments: argparse.Namespace) -> int:
     from zcompile.debug import views
 
     try:
-        steps, graphs = views.load(arguments.folder)
+        job = _job(arguments)
+        steps, graphs = views.load(arguments.folder, job)
         events = read(arguments.trace)
     except ValueError as error:
         print(f"zcompile measured: {error}", file=sys.stderr)
@@ -388,7 +395,7 @@ def command(arguments: argparse.Namespace) -> int:
             step["measured"] = result.as_dict()
         found.append(result)
     best = max(found, key=lambda each: each.share, default=Measured(0))
-    views.save_measured(arguments.folder, steps, graphs, [each.as_dict() for each in found])
+    views.save_measured(arguments.folder, job, steps, graphs, [each.as_dict() for each in found])
     if not write_json([each.as_dict() for each in found], arguments.json):
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
         for step, each in zip(steps, found, strict=True):
@@ -409,3 +416,17 @@ def command(arguments: argparse.Namespace) -> int:
         )
         return 1
     return 0
+
+
+def _job(arguments: argparse.Namespace) -> int:
+    """The job that is asked for; says which it is where the folder holds several."""
+    from zcompile.debug import views
+
+    there = views.jobs(arguments.folder)
+    if arguments.job is not None and arguments.job not in there:
+        raise ValueError(f"--job {arguments.job}: {arguments.folder} holds {', '.join(map(str, there)) or 'none'}")
+    job: int = arguments.job or max(there, default=1)
+    if len(there) > 1:
+        place = views.of_job(arguments.folder, views.DATA, job)
+        print(f"zcompile measured: of {len(there)} jobs in {arguments.folder} the {place.name} of job {job}", file=sys.stderr)
+    return job

@@ -33,12 +33,14 @@ class Step:
         number: of the compilation. specs: of all parameters of the model, in the order of their units.
         records: by stage; the joint graph's too.
         timeline: of what was played so far: the refresh of every copy, the forward, the backward.
+        broken: what went wrong in the dump, "" as long as nothing has; the books are then not all.
     """
 
     number: int
     plan: ResolvedPlan
     specs: Sequence[ParamSpec]
     records: dict[str, Record] = field(default_factory=dict)
+    broken: str = ""
 
     def __post_init__(self) -> None:
         self._player = Player(self.plan.topology)
