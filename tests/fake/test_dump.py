@@ -14,6 +14,7 @@ from support import paper as world
 from support.graphs import Hand, targets, unit
 from support.spawn import Pool
 
+from zcompile import wording
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.debug import dump as files
 from zcompile.debug import text
@@ -23,7 +24,7 @@ from zcompile.passes.nodes import ALL_GATHER, aten
 
 
 def test_bytes_for_people() -> None:
-    shown = [text.size(count) for count in (0, 384, 999, 1000, 1_578_000, 25_000_000_000, 999_999)]
+    shown = [wording.size(count) for count in (0, 384, 999, 1000, 1_578_000, 25_000_000_000, 999_999)]
     assert shown == ["0 B", "384 B", "999 B", "1.00 kB", "1.58 MB", "25.0 GB", "1.00 MB"]
 
 
@@ -38,7 +39,7 @@ def test_bytes_for_people() -> None:
     ],
 )
 def test_parameter_names_are_folded(names: list[str], folded: str) -> None:
-    assert text.fold(names) == folded
+    assert wording.fold(names) == folded
 
 
 def test_the_source_is_the_users_line_and_not_torchs_or_ours() -> None:

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
+from zcompile import paper
 from zcompile.cli import write_json
-from zcompile.debug import paper, tables
+from zcompile.debug import tables
 from zcompile.debug.dump import Place, collecting
 from zcompile.debug.views import check_writable
 from zcompile.plan import Plan
@@ -95,18 +96,24 @@ def command(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    counted = [step for step in steps if step.count()]
+    place = None if arguments.out is None else Place.made(str(arguments.out), arguments.rank)
+    if counted and place and place.views:
+        place.views.update(counted)
     found = [step.as_dict() for step in steps]
     if write_json(found, arguments.json):
         return 0
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for each in found:
         console.print(tables.ledger(each, arguments.rows, arguments.sort))
+    if len(found) > 1 and len({each["topology"] for each in found}) == 1:
+        console.print(tables.together(found))
     if arguments.out is None:
         return 0
     if broken := next((step.broken for step in steps if step.broken), ""):
         print(f"zcompile dump: what is in {arguments.out} is not all: {broken}", file=sys.stderr)
         return 1
-    if (place := Place.made(str(arguments.out), arguments.rank)) is not None:
+    if place is not None:
         report = place.views and place.views.path("report.html")
         where = f"open {report} in a browser" if report and report.exists() else f"text in {place.root}"
         console.print(f"{escape(where)}  ({time.perf_counter() - begin:.1f} s)", soft_wrap=True)

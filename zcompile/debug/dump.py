@@ -20,7 +20,7 @@ import difflib
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch.fx import GraphModule
@@ -32,9 +32,11 @@ from zcompile.debug.names import Names, path, printable
 from zcompile.debug.record import Program, Record
 from zcompile.debug.step import Step
 from zcompile.layout import ParamSpec
+from zcompile.ops import ACCUMULATE, SYNC
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import TRAFFIC, collective_of, find
+from zcompile.passes.nodes import GATHER, TRAFFIC, collective_of, find, phase_of
 from zcompile.passes.verify import traffic
+from zcompile.wording import fold, wire
 
 INPUT = "input"
 _LAST = (passes.JOINT[-1].NAME, passes.LOWERED[-1].NAME)
@@ -105,14 +107,17 @@ class Dump:
         rank: of this process; each rank writes its own folder, with equal contents.
         number: of the compilation in this process.
         specs: of all parameters of the model, in the order of their units.
-        sources: what Dynamo calls the inputs of the joint graph, in order; () where it is not known.
+        trained: names of those that are.
+        first: whether it is the first compilation of the model, with which the step's refreshes are counted.
         with_views: whether ledger, trace and report are written too.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], rank: int, number: int, specs: Sequence[ParamSpec] = (), sources: Sequence[str] = (),
-                 with_views: bool = True) -> None:  # fmt: skip
+    def __init__(self, folder: str | os.PathLike[str], rank: int, number: int, specs: Sequence[ParamSpec] = (),
+                 trained: Collection[str] = (), first: bool = True, with_views: bool = True) -> None:  # fmt: skip
         self.folder, self.rank, self.number, self.with_views = os.fspath(folder), rank, number, with_views
-        self.specs, self.sources = specs, sources
+        self.specs, self.trained, self.first = specs, trained, first
+        self.sources: Sequence[str] = ()
+        """What Dynamo calls the inputs of the joint graph, in order; () where it is not known."""
         self.step: Step | None = None
         self.whole = bool(self.folder or _collecting)
         """Whether the text of every pass is kept."""
@@ -149,7 +154,8 @@ class Dump:
     def _program(self, gm: GraphModule, context: Context, pass_name: str) -> None:
         stage = context.stage
         if self.step is None:
-            self.step = Step(self.number, context.plan, self.specs)
+            accumulating = any(phase_of(node) in (ACCUMULATE, SYNC) for node in find(gm.graph, GATHER))
+            self.step = Step(self.number, context.plan, self.specs, self.trained, accumulating, self.first)
             for steps in _collecting:
                 steps.append(self.step)
         if pass_name == INPUT:
@@ -167,6 +173,7 @@ class Dump:
             lines = text.lines(gm, self._inputs, stage, self._names[stage])
         if self.whole or last:
             self._add(found, pass_name, lines, context)
+        self.step.kept |= context.kept
         if last and stage != "joint":
             self.step.play(gm, stage)
             found.traffic = traffic(gm)
@@ -224,7 +231,7 @@ class Dump:
             out += ["", *_bytes(found.traffic, context)]
             out += ["", f"collectives, in order ({len(found.collectives)})"]
             out += [
-                f"  {i:4d}  {e.transfer:8s}{e.op:12s}{e.level:10s}{text.wire(e):10s}{e.bytes:14d}  {printable(text.fold(e.parameters))}"
+                f"  {i:4d}  {e.transfer:8s}{e.op:12s}{e.level:10s}{wire(e):10s}{e.bytes:14d}  {printable(fold(e.parameters))}"
                 for i, e in enumerate(found.collectives)
             ]
         self._write(context.stage, "summary.txt", out)
@@ -233,7 +240,7 @@ class Dump:
         if context.stage != "joint":
             place = Place.of(self.folder, self.rank, self.with_views)
             if place.views:
-                place.views.update(self.step)
+                place.views.update([self.step])
 
     # -- files -------------------------------------------------------------------------------------------------------------------
 

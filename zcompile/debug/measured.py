@@ -428,5 +428,8 @@ def _job(arguments: argparse.Namespace) -> int:
     job: int = arguments.job or max(there, default=1)
     if len(there) > 1:
         place = views.of_job(arguments.folder, views.DATA, job)
-        print(f"zcompile measured: of {len(there)} jobs in {arguments.folder} the {place.name} of job {job}", file=sys.stderr)
+        print(
+            f"zcompile measured: of {len(there)} jobs in {arguments.folder} the {place.name} of job {job}",
+            file=sys.stderr,
+        )
     return job

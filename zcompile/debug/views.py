@@ -14,6 +14,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,20 @@ class Views:
         self.steps: dict[int, Step] = {}
         self._data: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
 
-    def update(self, step: Step) -> None:
-        """Write them with this step, as far as it has come. Of very many compilations the first are shown: a page has to open."""
-        if len(self.steps) == _MOST and step.number not in self.steps:
+    def update(self, changed: Sequence[Step]) -> None:
+        """Write them with these steps, as far as they have come. Of very many compilations the first are shown: a page has to open."""
+        changed = [step for step in changed if step.number in self.steps or len(self.steps) < _MOST]
+        if not changed:
             return
-        self.steps[step.number] = step
+        self.steps.update((step.number, step) for step in changed)
         steps = [self.steps[number] for number in sorted(self.steps)]
         books = [each.as_dict() for each in steps]
         self._write("ledger.json", json.dumps(books, indent=1))
         self._write("ledger.txt", tables.as_text(books))
         self._write("trace.json", json.dumps(chrome.trace(steps)))
-        data = page.step_data(step)
-        self._data[step.number] = (data, [page.graph_data(record) for record in page.records(step)])
+        for step in changed:
+            data = page.step_data(step)
+            self._data[step.number] = (data, [page.graph_data(record) for record in page.records(step)])
         parts = [self._data[number] for number in sorted(self._data)]
         whole = ([step for step, _ in parts], [graph for _, graphs in parts for graph in graphs])
         self._write(DATA, gzip.compress(json.dumps(whole).encode("utf-8", "replace"), 6, mtime=0))

@@ -214,7 +214,7 @@ zc.graph = {
     const hop = (number) => {
       const each = zc.step.hops[number];
       if (each.phase === this.stage) { row(each.launch); row(each.wait); for (const user of this.data.rows.users[each.launch] ?? []) row(user); }
-      if (each.phase === "refresh" && this.stage === "forward") row(each.wait);
+      if (each.phase === "refresh" && this.stage === each.waiting) row(each.wait);
     };
     if (selection.phase === this.stage && selection.row !== undefined) row(selection.row);
     if (selection.hop !== undefined) hop(selection.hop);

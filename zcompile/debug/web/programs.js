@@ -79,7 +79,7 @@ zc.programs = {
     const hop = (number) => {
       const each = zc.step.hops[number];
       if (each.phase === this.stage) { add(each.launch); add(each.wait); }
-      if (each.phase === "refresh" && this.stage === "forward") add(each.wait);
+      if (each.phase === "refresh" && this.stage === each.waiting) add(each.wait);
     };
     if (selection.phase === this.stage && selection.row !== undefined) add(selection.row);
     if (selection.hop !== undefined) hop(selection.hop);
