@@ -37,7 +37,8 @@ def half_frozen() -> nn.Module:
     return model
 
 
-def dumped(make: Any, plan: Any = "zero_topo", micro_batches: int = 1, backward: bool = True, **settings: Any) -> tuple[Any, list[Any]]:  # fmt: skip
+def dumped(make: Any, plan: Any = "zero_topo", micro_batches: int = 1, backward: bool = True,
+           **settings: Any) -> tuple[Any, list[Any]]:  # fmt: skip
     """The wrapped model after a step on paper, and its compilations."""
     if dist.is_initialized():
         dist.destroy_process_group()

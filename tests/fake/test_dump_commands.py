@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support import paper as world
-from support.spawn import Pool
+from support.spawn import Pool, RanksFailed
 from torch import nn
 
 import zcompile
@@ -37,6 +37,8 @@ def make():
 def nothing():
     return 3
 """
+
+TINY = ("--topology", "2", "--plan", "zero3")
 
 SCRIPT = """
 import sys, torch, torch.distributed as dist
@@ -131,6 +133,50 @@ def test_bad_arguments_of_a_dump(paper: Pool, tmp_path: Path, arguments: tuple[s
     assert code == 2 and complaint in error, error
 
 
+BAD = """
+import torch
+
+class Bad(torch.nn.Linear):
+    def forward(self, x):
+        raise {error}("the user's own mistake")
+
+def make():
+    return Bad(8, 8), torch.ones(4, 8)
+
+def early():
+    raise {error}("the user's own mistake")
+"""
+
+
+@pytest.mark.parametrize("function", ["make", "early"])
+@pytest.mark.parametrize("error", ["ValueError", "TypeError"])
+def test_an_error_of_the_users_code_keeps_its_traceback(paper: Pool, tmp_path: Path, function: str, error: str) -> None:
+    (tmp_path / "bad.py").write_text(BAD.format(error=error))
+    with pytest.raises(RanksFailed) as caught:
+        run(paper, "dump", f"{tmp_path}/bad.py:{function}", *TINY)
+    (failure,) = caught.value.failures.values()
+    assert "the user's own mistake" in failure.message and "bad.py" in failure.trace
+
+
+ENDS = """
+import os, torch
+from zcompile import hierarchical_zero
+
+os.chdir("/")
+model = hierarchical_zero(torch.nn.Linear(8, 8), codegen=False)
+model(torch.ones(4, 8)).sum().backward()
+"""
+
+
+def test_a_script_that_makes_no_step_is_said_to_and_may_change_its_folder(paper: Pool, tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text(ENDS)
+    code, shown, error = run(paper, "dump", str(tmp_path / "ends.py"), *TINY, "--out", str(tmp_path / "out"))
+    assert code == 1 and "ended before an optimizer's step" in error and "graph 0 forward" in shown
+    assert (tmp_path / "out" / "rank0" / "graph0.backward").is_dir() and [
+        p.name for p in tmp_path.iterdir() if p.is_dir()
+    ] == ["out"]
+
+
 def two(_: int, folder: str, plan: str, ranks: str) -> None:
     for rank in (int(text) for text in ranks.split(",")):
         world.step(world.wrapped(rank, plan=plan, dump=folder, dump_ranks=ranks))
@@ -176,9 +222,6 @@ def again(_: int, *arguments: str) -> tuple[int, str, str]:
     """The command in what is another process for the dump."""
     dump._places.clear()
     return command(0, *arguments)
-
-
-TINY = ("--topology", "2", "--plan", "zero3")
 
 
 def test_a_second_dump_into_a_folder_names_its_own_page(paper: Pool, tmp_path: Path) -> None:

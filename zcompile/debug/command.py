@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import sysconfig
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from torch import nn
 
 from zcompile import paper
 from zcompile.cli import write_json
-from zcompile.debug import tables
+from zcompile.debug import tables, text
 from zcompile.debug.dump import Place, collecting
 from zcompile.debug.views import check_writable
 from zcompile.plan import Plan
@@ -81,13 +84,11 @@ def command(arguments: argparse.Namespace) -> int:
         _check(arguments)
         run = _prepare(arguments)
         _prepare_folder(arguments.out)  # the last thing: a mistake in the others leaves no folder
-    except (ValueError, TypeError) as error:
-        print(f"zcompile dump: {error}", file=sys.stderr)
-        return 2
-    try:
         with collecting() as steps:
-            run()
+            stepped = run()
     except (ValueError, TypeError) as error:
+        if in_users_code(error):
+            raise  # with its traceback, which ends with exit code 1
         print(f"zcompile dump: {error}", file=sys.stderr)
         return 2
     if not steps:
@@ -101,15 +102,21 @@ def command(arguments: argparse.Namespace) -> int:
     if counted and place and place.views:
         place.views.update(counted)
     found = [step.as_dict() for step in steps]
+    if not stepped:
+        print(
+            f"zcompile dump: {arguments.model} ended before an optimizer's step: this is what it had compiled",
+            file=sys.stderr,
+        )
+    code = 0 if stepped else 1
     if write_json(found, arguments.json):
-        return 0
+        return code
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for each in found:
         console.print(tables.ledger(each, arguments.rows, arguments.sort))
     if len(found) > 1 and len({each["topology"] for each in found}) == 1:
         console.print(tables.together(found))
     if arguments.out is None:
-        return 0
+        return code
     if broken := next((step.broken for step in steps if step.broken), ""):
         print(f"zcompile dump: what is in {arguments.out} is not all: {broken}", file=sys.stderr)
         return 1
@@ -117,7 +124,17 @@ def command(arguments: argparse.Namespace) -> int:
         report = place.views and place.views.path("report.html")
         where = f"open {report} in a browser" if report and report.exists() else f"text in {place.root}"
         console.print(f"{escape(where)}  ({time.perf_counter() - begin:.1f} s)", soft_wrap=True)
-    return 0
+    return code
+
+
+def in_users_code(error: BaseException) -> bool:
+    """Whether an error came up through code that is neither ours nor torch's nor Python's own: a user wants to see where."""
+    library = sysconfig.get_path("stdlib") + os.sep
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        text.is_users(file) and not file.startswith("<") and (not file.startswith(library) or "-packages" in file)
+        for file in files
+    )
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -134,8 +151,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--sequence {arguments.sequence}: is for named shapes ({', '.join(SHAPES)})")
 
 
-def _prepare(arguments: argparse.Namespace) -> Any:
-    """Everything that can be wrong with the arguments is found here; returns what runs the model."""
+def _prepare(arguments: argparse.Namespace) -> Callable[[], bool]:
+    """Everything that can be wrong with the arguments is found here; returns what runs the model, and says whether it made a step."""
     topology = Topology.parse(arguments.topology)
     settings: dict[str, Any] = {"dump": str(arguments.out or ""), "dump_ranks": str(arguments.rank), "codegen": False}
     for name in ("overlap", "memory", "keep"):
@@ -152,7 +169,7 @@ def _prepare(arguments: argparse.Namespace) -> Any:
         return lambda: paper.script(path, arguments.more, topology, arguments.rank, settings)
     settings = {"plan": "zero_topo", **settings}
 
-    def run() -> None:
+    def run() -> bool:
         model, inputs = _model(arguments, settings)
         paper.dump(
             model,
@@ -163,6 +180,7 @@ def _prepare(arguments: argparse.Namespace) -> Any:
             backward=not arguments.eval,
             **settings,
         )
+        return True
 
     if arguments.model not in SHAPES:
         paper.target(arguments.model)  # that it is there is known before anything is built

@@ -52,10 +52,11 @@ Object.assign(zc, {
     place.hidden = !measured;
     if (measured) {
       this.choice(document.getElementById("modes"), ["expected", "measured"], this.timeline.mode, (mode) => this.timeline.turn(mode));
-      const part = Math.round(100 * measured.share), note = document.getElementById("matched");
-      note.textContent = `the last step in the trace took ${this.seconds(measured.seconds)}; ${part} % of the graphs' time was matched to nodes` +
-        (part < 50 ? ": too little to take the measured lanes for this program's" : "");
-      note.className = part < 50 ? "loud" : "hint";
+      const note = document.getElementById("matched");
+      note.textContent = `the last step in the trace took ${this.seconds(measured.seconds)}; ${measured.matched_hops} of ${measured.hops} launches and waits and ${measured.matched_operations} of ` +
+        `${measured.operations} operations were matched to nodes, ${Math.round(100 * measured.share)} % of the graphs' time` +
+        (measured.little ? ": too little to take the measured lanes for this program's" : "");
+      note.className = measured.little ? "loud" : "hint";
     }
     const kinds = [...new Set(this.timeline.spans.kind)];
     document.getElementById("legend").replaceChildren(...[...kinds, ...this.timeline.OWNERS].map((kind, i) =>
