@@ -23,7 +23,7 @@ from torch import nn
 import zcompile
 from zcompile import Plan, Rule, hierarchical_zero, ledger
 from zcompile.cli import main
-from zcompile.debug import compare, dump, page, views
+from zcompile.debug import compare, dump, page, record, views
 
 TIMEOUT = 300.0  # the machine may be busy with other things
 
@@ -198,6 +198,28 @@ def test_diff_says_where_plans_part_first_and_that_ranks_do_not(paper: Pool, tmp
     (pair,) = json.loads(shown)["pairs"]
     assert code == 1 and [part["part"] for part in pair["differing"]] == ["graph 0 forward, lower"]
     assert pair["differing"][0]["first"]["a"].partition("=")[2].strip().startswith("relu(blocks.0.up.mm)")
+
+
+def dumps(folder: Path, **ranks: str) -> None:
+    """A dump: rank -> a line of its program."""
+    for rank, line in ranks.items():
+        place = folder / rank / "graph0.forward"
+        place.mkdir(parents=True)
+        (place / "00-input.txt").write_text(f"title\n\n    0  {line}\n")
+
+
+def test_diff_says_so_where_it_compares_other_ranks(tmp_path: Path) -> None:
+    dumps(tmp_path / "a", rank0="x")
+    dumps(tmp_path / "b", rank5="x")
+    dumps(tmp_path / "c", rank0="x", rank5="y")
+    note = "they have no rank in common: rank0 is compared with rank5"
+    code, shown, _ = command(0, "diff", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert code == 0 and shown.startswith(note)
+    assert note in command(0, "diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json", "-")[1]
+    code, shown, _ = command(0, "diff", str(tmp_path / "b"), str(tmp_path / "c"))
+    assert code == 1 and shown.startswith("differ") and "c/rank5" in shown, "with its own rank, not with the first"
+    code, shown, _ = command(0, "diff", str(tmp_path / "a" / "rank0"), str(tmp_path / "c" / "rank5"))
+    assert code == 1 and shown.startswith("differ"), "who names two ranks means them"
 
 
 def test_diff_refuses_what_is_no_dump(paper: Pool, tmp_path: Path) -> None:
@@ -415,6 +437,51 @@ def test_an_empty_graph_has_its_dump(paper: Pool, tmp_path: Path) -> None:
     assert page.render([data], graphs).count("<script") > 8
 
 
+def unrecorded(_: int) -> tuple[list[str], str]:
+    """Trouble in the books of a job that asked for no dump: (warnings, what explain says)."""
+    before = record.rows
+    record.rows = lambda *args: 1 / 0
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = world.wrapped()
+            world.step(model)
+    finally:
+        record.rows = before
+    with pytest.raises(ValueError) as said:
+        zcompile.explain(model)
+    return [str(w.message) for w in caught if "zcompile" in str(w.message)], str(said.value)
+
+
+def test_who_asked_for_no_dump_hears_nothing_of_its_trouble_but_from_explain(paper: Pool) -> None:
+    ((heard, said),) = paper.run(unrecorded, timeout=TIMEOUT)
+    assert (
+        heard == [] and said == "zcompile.explain: graph 0 could not be recorded: ZeroDivisionError: division by zero"
+    )
+
+
+def moving(_: int, folder: str) -> list[str]:
+    """A job with a relative folder that changes its working directory between two compilations."""
+    before = os.getcwd()
+    Path(folder, "other").mkdir()
+    try:
+        os.chdir(folder)
+        model = world.wrapped(dump="dump")
+        world.step(model)
+        os.chdir("other")
+        with torch.no_grad():
+            model(torch.ones(4, 8))
+    finally:
+        os.chdir(before)
+    return sorted(path.name for path in Path(folder, "dump", "rank0").iterdir())
+
+
+def test_a_relative_folder_stays_what_it_was(paper: Pool, tmp_path: Path) -> None:
+    (found,) = paper.run(moving, str(tmp_path), timeout=TIMEOUT)
+    assert found == ["graph0.backward", "graph0.forward", "graph0.joint", "graph1.inference", "graph1.joint"]
+    assert list((tmp_path / "other").iterdir()) == []
+
+
 def limited(_: int, folder: str) -> list[str]:
     """A job whose disk has no room for files of more than 4 kB."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -473,6 +540,18 @@ def forgetful(_: int, folder: str) -> None:
 def test_ranks_that_do_not_exist_are_refused(paper: Pool, value: str, complaint: str) -> None:
     (error,) = paper.run(refused, value, timeout=TIMEOUT)
     assert complaint in error
+
+
+def left_over(_: int) -> None:
+    os.environ["ZCOMPILE_DUMP_RANKS"] = "8"
+    try:
+        world.step(world.wrapped())
+    finally:
+        del os.environ["ZCOMPILE_DUMP_RANKS"]
+
+
+def test_ranks_left_over_in_the_environment_are_nothing_to_a_job_without_a_dump(paper: Pool) -> None:
+    paper.run(left_over, timeout=TIMEOUT)
 
 
 def refused(_: int, ranks: str) -> str:
