@@ -12,8 +12,9 @@ from support.spawn import Pool
 from torch import Tensor, nn
 
 from zcompile import Plan, cost, ledger, paper
-from zcompile.debug import tables
+from zcompile.debug import chrome, page, tables
 from zcompile.debug.dump import collecting
+from zcompile.timeline import OWNERS
 from zcompile.topology import Topology
 
 
@@ -182,3 +183,55 @@ def test_a_refresh_that_an_evaluation_waits_for_has_its_line(paper: Pool) -> Non
     (found,) = paper.run(evaluated, timeout=300)
     waited = [each for each in found if each[2]]
     assert waited and all(each == ("inference", "wait", True) for each in waited)
+
+
+def viewed(_: int) -> dict[str, Any]:
+    """The trace, the page's data and the books of one step."""
+    model, steps = dumped(half_frozen, micro_batches=2)
+    step = steps[-1]
+    return {
+        "trace": chrome.trace([step]), "page": page.step_data(step), "book": step.as_dict(), "memory": ledger(model)["memory"],
+        "moments": sum(8 * slot.spec.layout.shard for slot in model.zero.slots if slot.name in model.zero.trained),
+        "mains": sum(4 * slot.spec.layout.width(slot.spec.g) for slot in model.zero.slots if slot.name in model.zero.trained),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def views(paper: Pool) -> dict[str, Any]:
+    found: dict[str, Any] = paper.run(viewed, timeout=300)[0]
+    return found
+
+
+def test_the_trace_names_its_processes_and_threads(views: dict[str, Any]) -> None:
+    events = views["trace"]["traceEvents"]
+    (process,) = (event for event in events if event["name"] == "process_name")
+    assert process["args"]["name"].endswith("zero_topo on 2x2x2, as expected of one generic")
+    threads = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert threads == {0: "compute", 1: "pair links", 2: "node links", 3: "cluster links"}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {event["pid"] for event in events} == {process["pid"]} and {span["tid"] for span in spans} == set(threads)
+
+
+def test_the_bytes_of_the_trace_and_of_the_page_are_the_ledgers(views: dict[str, Any]) -> None:
+    hops = [event for event in views["trace"]["traceEvents"] if event["ph"] == "X" and event["tid"] > 0]
+    columns = views["page"]["spans"]
+    for row in views["book"]["levels"]:
+        level, expected = row["level"], sum(row["bytes"].values())
+        assert expected > 0
+        assert sum(hop["args"]["bytes"] for hop in hops if hop["args"]["level"] == level) == expected
+        drawn = sum(amount for lane, amount in zip(columns["lane"], columns["bytes"], strict=True) if lane == level)
+        assert drawn == expected
+
+
+def test_the_memory_of_every_view_is_what_the_ledger_holds(views: dict[str, Any]) -> None:
+    """Model state: what the engine keeps, and the moments that an optimizer will."""
+    kept, book = views["memory"], views["book"]["memory"]
+    weights = kept["master"] + kept["copy"] + kept["image"] + kept["feedback"] + views["moments"]
+    counters = [event["args"] for event in views["trace"]["traceEvents"] if event["ph"] == "C"]
+    owners = views["page"]["owners"]
+    assert book["owners"]["weights"] == weights
+    assert {each["weights"] for each in counters} == set(owners["weights"]) == {weights}
+    assert min(each["gradients"] for each in counters) == min(owners["gradients"]) == views["mains"]
+    totals = [sum(each.values()) for each in counters]
+    drawn = [sum(owners[owner][i] for owner in OWNERS) for i in range(len(owners["at"]))]
+    assert max(totals) == max(drawn) == book["peak"] == sum(book["owners"].values())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import json
 import os
 import resource
@@ -17,15 +15,13 @@ from typing import Any
 import pytest
 import torch
 from support import paper as world
+from support.commands import TIMEOUT, command, run
 from support.spawn import Pool, RanksFailed
 from torch import nn
 
 import zcompile
 from zcompile import Plan, Rule, hierarchical_zero, ledger
-from zcompile.cli import main
 from zcompile.debug import compare, dump, page, record, views
-
-TIMEOUT = 300.0  # the machine may be busy with other things
 
 MODEL = """
 import torch
@@ -56,24 +52,6 @@ for step in range(9):
     except Exception:
         print("a script that goes on whatever happens")
 """
-
-
-def command(_: int, *arguments: str) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of a zcompile command, in a process with no group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    torch._dynamo.reset()
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(list(arguments))
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    return code, out.getvalue(), err.getvalue()
-
-
-def run(paper: Pool, *arguments: str) -> tuple[int, str, str]:
-    return paper.run(command, *arguments, timeout=TIMEOUT)[0]
 
 
 def test_dump_of_a_function_on_a_machine_that_is_not_here(paper: Pool, tmp_path: Path) -> None:
