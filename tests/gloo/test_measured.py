@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import gzip
-import io
 import itertools
 import json
 import os
@@ -14,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import command
 from support.paper import Tiny
 from support.spawn import Pool
 
 from zcompile import hierarchical_zero
-from zcompile.cli import main
 from zcompile.debug import matching, views
 from zcompile.debug.matching import match
 from zcompile.debug.profile import Event
@@ -60,20 +58,10 @@ def profiled(rank: int, folder: str, codegen: bool, threads: bool = True) -> Non
         profile.export_chrome_trace(f"{folder}/trace.json.gz")
 
 
-def command(*arguments: str) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(list(arguments))
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-    return code, out.getvalue(), err.getvalue()
-
-
 @pytest.mark.parametrize("codegen", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_real_trace_is_matched(ranks: Ranks, tmp_path: Path, codegen: bool) -> None:
     ranks(4).run(profiled, str(tmp_path), codegen, timeout=400.0)
-    code, shown, error = command("measured", str(tmp_path / "dump"), str(tmp_path / "trace.json.gz"), "--json", "-")
+    code, shown, error = command(0, "measured", str(tmp_path / "dump"), str(tmp_path / "trace.json.gz"), "--json", "-")
     (found,) = json.loads(shown)
     assert found["notes"] == [], found["notes"]
     assert code == 0 and error == "", "what Inductor has fused has no node: that is not little"
@@ -98,7 +86,7 @@ def test_a_real_trace_is_matched(ranks: Ranks, tmp_path: Path, codegen: bool) ->
 def test_a_trace_of_something_else_is_said_to_match_nothing(ranks: Ranks, tmp_path: Path) -> None:
     ranks(4).run(profiled, str(tmp_path), False, False, timeout=400.0)
     (result,) = json.loads(
-        command("measured", str(tmp_path / "dump"), str(tmp_path / "trace.json.gz"), "--json", "-")[1]
+        command(0, "measured", str(tmp_path / "dump"), str(tmp_path / "trace.json.gz"), "--json", "-")[1]
     )
     assert result["share"] > 0.5 and [note.partition(":")[0] for note in result["notes"]] == [
         "no hop of a refresh is in the trace"
@@ -106,7 +94,7 @@ def test_a_trace_of_something_else_is_said_to_match_nothing(ranks: Ranks, tmp_pa
     raw = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))
     events = [event for event in raw["traceEvents"] if not str(event.get("name", "")).startswith("zc graph")]
     (tmp_path / "other.json").write_text(json.dumps({"traceEvents": events}))
-    code, shown, error = command("measured", str(tmp_path / "dump"), str(tmp_path / "other.json"))
+    code, shown, error = command(0, "measured", str(tmp_path / "dump"), str(tmp_path / "other.json"))
     assert (
         code == 1
         and "LITTLE OR NOTHING WAS MATCHED (no graph of the dump is in the trace)" in error
@@ -117,16 +105,16 @@ def test_a_trace_of_something_else_is_said_to_match_nothing(ranks: Ranks, tmp_pa
         for event in raw["traceEvents"]
     ]
     (tmp_path / "swapped.json").write_text(json.dumps({"traceEvents": swapped}))
-    code, shown, error = command("measured", str(tmp_path / "dump"), str(tmp_path / "swapped.json"))
+    code, shown, error = command(0, "measured", str(tmp_path / "dump"), str(tmp_path / "swapped.json"))
     assert code == 1 and "LITTLE OR NOTHING WAS MATCHED (graph 0 forward, graph 0 backward)" in error
     assert "in another order: none is matched" in shown and "matched: 0 of " in shown
 
 
 def test_what_is_no_trace_or_no_dump_is_refused(tmp_path: Path) -> None:
     (tmp_path / "trace.json").write_text("{")
-    assert command("measured", str(tmp_path), str(tmp_path / "trace.json"))[0] == 2
+    assert command(0, "measured", str(tmp_path), str(tmp_path / "trace.json"))[0] == 2
     (tmp_path / "dump.json.gz").write_bytes(gzip.compress(b"[[], []]"))
-    code, _, error = command("measured", str(tmp_path), str(tmp_path / "trace.json"))
+    code, _, error = command(0, "measured", str(tmp_path), str(tmp_path / "trace.json"))
     assert code == 2 and "is no trace of torch.profiler" in error
 
 
@@ -190,7 +178,7 @@ def test_it_is_loud_where_hops_are_not_the_graphs(
     dumped(tmp_path, 2)
     monkeypatch.setattr(views, "has_bokeh", lambda: False)
     (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
-    found, shown, error = command("measured", str(tmp_path), str(tmp_path / "trace.json"))
+    found, shown, error = command(0, "measured", str(tmp_path), str(tmp_path / "trace.json"))
     assert found == code and complaint in error and bool(error) == bool(complaint)
     if events:
         assert "matched: 2 of 2 launches and waits" in shown
@@ -210,7 +198,7 @@ def test_what_cannot_be_written_is_no_match_that_failed(
 
         monkeypatch.setattr(views, "write", read_only)
     more = () if where == "dump" else ("--json", str(tmp_path / "none" / "x.json"))
-    code, _, error = command("measured", str(tmp_path), str(tmp_path / "trace.json"), *more)
+    code, _, error = command(0, "measured", str(tmp_path), str(tmp_path / "trace.json"), *more)
     assert code == 2 and "cannot be written" in error and "Traceback" not in error
 
 

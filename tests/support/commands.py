@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 
 import torch
 from support.spawn import Pool
 
+from zcompile.backend import Compilation
 from zcompile.cli import main
+from zcompile.debug import dump
 
 TIMEOUT = 300.0  # the machine may be busy with other things
 
@@ -18,6 +21,9 @@ def command(_: int, *arguments: str) -> tuple[int, str, str]:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     torch._dynamo.reset()
+    Compilation._numbers = itertools.count()
+    dump._places.clear()
+    dump._meant.clear()
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -240,7 +240,7 @@ zc.graph = {
 
   // Unfold what holds a selection, and show it.
   async reveal(selection) {
-    const phase = selection.phase ?? (selection.hop !== undefined ? zc.step.hops[selection.hop].phase : undefined);
+    const phase = selection.phase ?? (selection.hop !== undefined ? zc.step.hops[selection.hop].waiting : undefined);
     if (phase && phase !== this.stage && zc.stages.includes(phase)) await this.open(phase);
     const { modules } = this.data, open = this.unfolded[this.stage];
     let module = -1;

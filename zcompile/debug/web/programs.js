@@ -95,7 +95,7 @@ zc.programs = {
   },
 
   async reveal(selection) {
-    const phase = selection.phase ?? (selection.hop !== undefined ? zc.step.hops[selection.hop].phase : undefined);
+    const phase = selection.phase ?? (selection.hop !== undefined ? zc.step.hops[selection.hop].waiting : undefined);
     if (phase && phase !== this.stage && zc.stages.includes(phase)) await this.open(phase);
     this.light(selection);
     document.querySelector("#program .lit")?.scrollIntoView({ block: "center" });
