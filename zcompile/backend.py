@@ -150,6 +150,8 @@ class Compilation:
                 print(line, file=sys.stderr, flush=True)
         context.seconds = program.seconds
         self.dump.finish(context, program.code)
+        if self.dump.step is not None:
+            self.dump.step.programs.append(program)
         self.engine.keep(self.dump.step)
         self.engine.programs.append(program)
         return program.entry()
@@ -189,7 +191,8 @@ class Compilation:
         ranks = options.dumping_ranks(self.engine.plan.topology.world_size)
         specs = [spec for unit in self.engine.units for spec in unit.specs]
         folder = options.dump_folder if rank in ranks else ""
-        return Dump(folder, rank, self.number, specs, with_views=rank == min(ranks))
+        first = not self.engine.programs
+        return Dump(folder, rank, self.number, specs, self.engine.trained, first, with_views=rank == min(ranks))
 
 
 def _described(value: Any) -> str:

@@ -77,14 +77,18 @@ COMMANDS = {
 
 
 def write_json(result: Any, target: str | None) -> bool:
-    """Write `result` to the file `target` ("-": standard output); False if there is none."""
+    """Write `result` to the file `target` ("-": standard output); False if there is none. SystemExit where it cannot be written."""
     if target is None:
         return False
     text = json.dumps(result, indent=2) + "\n"
     if target == "-":
         sys.stdout.write(text)
     else:
-        Path(target).write_text(text)
+        try:
+            Path(target).write_text(text)
+        except OSError as error:
+            print(f"zcompile: --json {target} cannot be written: {error.strerror or error}", file=sys.stderr)
+            raise SystemExit(2) from error
     return True
 
 

@@ -14,7 +14,7 @@ or refresh, E_m pieces in a reduction or its way back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import sympy
 
@@ -159,3 +159,16 @@ def state_bytes(specs: Iterable[ParamSpec], copies: Mapping[str, int], accumulat
         out["moments"] += 8 * layout.shard
         out["feedback"] += 4 * sum(spec.feedback_widths().values())
     return out
+
+
+def step_state(specs: Iterable[ParamSpec], trained: Collection[str], accumulating: bool) -> dict[str, int]:
+    """`state_bytes` of a step in which the parameters `trained` (names) are: the others have no gradients, no moments and no feedback."""
+    both: dict[bool, list[ParamSpec]] = {True: [], False: []}
+    copies = {}
+    for spec in specs:
+        both[spec.name in trained].append(spec)
+        copies[spec.name] = int(spec.has_copy)
+    total = state_bytes(both[True], copies, accumulating)
+    for key, amount in state_bytes(both[False], copies, False).items():
+        total[key] += amount if key in ("master", "copy", "image") else 0
+    return total

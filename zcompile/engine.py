@@ -378,6 +378,11 @@ class Engine:
                 x = out
         return transfers.unpack(x.view(layout.shards, -1), layout).clone()
 
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the parameters that want a gradient now."""
+        return frozenset(slot.name for slot in self.slots if slot.master.requires_grad)
+
     def memory(self) -> dict[str, int]:
         """Model-state bytes on this rank by owner, optimizer state excluded."""
         return {

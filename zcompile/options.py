@@ -95,8 +95,11 @@ class Options:
         return os.fspath(self.dump) or os.environ.get("ZCOMPILE_DUMP", "")
 
     def dumping_ranks(self, world_size: int) -> Collection[int]:
-        """The ranks that dump. ValueError where ZCOMPILE_DUMP_RANKS is no list of ranks, or this world has none of them."""
-        text = self.dump_ranks or os.environ.get("ZCOMPILE_DUMP_RANKS", "") or "0"
+        """The ranks that dump. ValueError where ZCOMPILE_DUMP_RANKS is no list of ranks, or this world has none of them.
+
+        Where no dump is asked for, a ZCOMPILE_DUMP_RANKS left over from another job says nothing.
+        """
+        text = self.dump_ranks or (os.environ.get("ZCOMPILE_DUMP_RANKS", "") if self.dump_folder else "") or "0"
         if not re.fullmatch(_RANKS, text):
             raise ValueError(f"ZCOMPILE_DUMP_RANKS={text!r} in the environment: {_RANKS_HELP}")
         if text == "all":

@@ -14,30 +14,20 @@ once, a "dependency". What would have saved most names the reason.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch.fx import Graph, Node
 
-from zcompile.passes.nodes import (
-    ALL_GATHER,
-    COLLECTIVES,
-    PEER_GATHER,
-    QUANTIZE,
-    REQUANTIZE,
-    TRAFFIC,
-    TRANSFER,
-    WAIT,
-    WIRE,
-    collective_of,
-)
+from zcompile import cost, wording
+from zcompile.layout import ParamSpec
+from zcompile.liveness import Liveness
+from zcompile.passes.nodes import COLLECTIVES, PEER_GATHER, TRANSFER, WAIT, collective_of
 from zcompile.timeline import COMPUTE, Hop, Memory, Span, Timeline
 from zcompile.times import Lanes, node_flops, node_seconds
 from zcompile.topology import Topology
 
 _TINY = 1e-12
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "uint8": "u8"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ class Player:
             ready = start
             for level, received, wire in unit.hops:
                 begin, end = self.lanes.launch(level, received, ready)
-                name, cause = f"refresh {fold(unit.parameters)}", self.last_on.get(level, "") if begin > ready else ""
+                name, cause = f"refresh {_few(unit.parameters)}", self.last_on.get(level, "") if begin > ready else ""
                 self.last_on[level] = name
                 self.timeline.spans.append(
                     Span(level, name, begin, end, "", "refresh", phase, level, wire, received, unit.parameters)
@@ -199,9 +189,38 @@ class Refresh:
     hops: tuple[tuple[str, int, str], ...]
 
 
-def fold(names: Sequence[str], most: int = 2) -> str:
-    """A few names, and how many more."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def refreshes(specs: Iterable[ParamSpec]) -> list[Refresh]:
+    """Of a step, by the closed forms, one for each unit in order. specs: of the parameters that are trained: others do not change."""
+    units: dict[str, list[ParamSpec]] = {}
+    for spec in specs:
+        units.setdefault(spec.unit, []).append(spec)
+    found = []
+    for unit in units.values():
+        hops: dict[tuple[int, str], int] = {}
+        for spec in unit:
+            for level, wire, kind in cost.transfer_levels(spec, "refresh"):
+                if amount := cost.hop_bytes(spec.layout, level, wire, kind):
+                    hops[level, wire.short] = hops.get((level, wire.short), 0) + amount
+        if hops:
+            levels = unit[0].levels
+            ordered = tuple((levels[level - 1], amount, wire) for (level, wire), amount in hops.items())
+            found.append(Refresh(tuple(spec.name for spec in unit), ordered))
+    return found
+
+
+def begin(
+    topology: Topology, refreshes: Sequence[Refresh], state: Mapping[str, int], noise: Noise | None = None
+) -> Player:
+    """The clocks at the beginning of a step: model state is in memory, the copies' refreshes are launched.
+
+    Args:
+        state: by zcompile.cost.step_state. The gradients at O come with the step: they are not there yet.
+    """
+    player = Player(topology, noise or Noise())
+    player.charge("weights", sum(state.values()) - state["main"] - state["gradient"])
+    player.charge("gradients", state["main"])
+    player.refresh(refreshes)
+    return player
 
 
 def play(graph: Graph, stage: str, topology: Topology, noise: Noise | None = None) -> Timeline:
@@ -226,7 +245,7 @@ class _Play:
         self.flying: dict[Node, Hop] = {}
         self.ready: dict[Node, float] = {}
         self.begin = player.now[0]
-        self.memory = _Liveness(self.nodes, stage)
+        self.memory = Liveness(self.nodes, stage)
         self.hops: list[Hop] = []
 
     def run(self) -> None:
@@ -272,8 +291,8 @@ class _Play:
         """Put a node's hop on its lane."""
         player, entry, launched = self.player, collective_of(node), self.player.now[0]
         begin, end, cause = player.launch(entry.level, entry.bytes)
-        wire = entry.wire or _SHORT.get(entry.dtype, entry.dtype)
-        label = player.last_on[entry.level] = f"{entry.transfer} {fold(entry.parameters)}"
+        wire = wording.wire(entry)
+        label = player.last_on[entry.level] = f"{entry.transfer} {_few(entry.parameters)}"
         what = (entry.level, wire, entry.bytes, entry.parameters)
         player.timeline.spans.append(Span(entry.level, label, begin, end, node.name, entry.transfer, self.phase, *what))
         moments = (ready, launched, begin, end, end)
@@ -308,7 +327,7 @@ class _Play:
     def _stand_still(
         self, until: float, node: Node, what: str, level: str, wire: str, received: int, names: tuple[str, ...]
     ) -> None:
-        name = f"{what} {fold(names)}"
+        name = f"{what} {_few(names)}"
         self.player.wait(
             until, Span(COMPUTE, name, 0.0, 0.0, node.name, "wait", self.phase, level, wire, received, names)
         )
@@ -337,90 +356,8 @@ class _Play:
         return replace(hop, reason="dependency" if computing else "nothing to hide behind", cause="")
 
 
-class _Liveness:
-    """When each storage of a graph comes and goes, and whose it is.
-
-    Weights (masters, copies) and the inputs that hold them are no allocations of a graph: they are the step's model state. A value is
-    there from its node on until its last reader has run; a graph's outputs stay.
-    """
-
-    def __init__(self, nodes: Sequence[Node], stage: str):
-        self.nodes, self.stage = nodes, stage
-        self.key: dict[Node, object] = {}
-        self.owner: dict[object, str] = {}
-        self.size: dict[object, int] = {}
-        self.first: dict[object, Node] = {}
-        self.last: dict[object, Node] = {}
-        kept: set[object] = set()
-        for node in nodes:
-            if node.op == "output":
-                kept = {self.key[arg] for arg in node.all_input_nodes if arg in self.key}
-                continue
-            self._own(node)
-            for arg in node.all_input_nodes:
-                if arg in self.key:
-                    self.last[self.key[arg]] = node
-        self.free: dict[Node, list[object]] = {}
-        for key, node in self.last.items():
-            if key not in kept and key in self.size:
-                self.free.setdefault(node, []).append(key)
-        self._placeholders = {self.key[node] for node in nodes if node.op == "placeholder" and node in self.key}
-        self._kept = kept
-
-    def _own(self, node: Node) -> None:
-        value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor):
-            return
-        if node.target is WAIT and isinstance(node.args[0], Node) and node.args[0] in self.key:
-            self.key[node] = self.key[node.args[0]]
-            self.last[self.key[node]] = node
-            return
-        key: object = value.untyped_storage()._cdata
-        self.key[node] = key
-        self.last[key] = node
-        if key not in self.first:
-            self.first[key] = node
-            owner = _owner(node)
-            if owner:
-                self.owner[key] = owner
-                self.size[key] = value.untyped_storage().nbytes()
-
-    def inputs(self) -> Iterable[tuple[str, int]]:
-        """What is there when the graph begins."""
-        for key in self._placeholders:
-            if key in self.size:
-                yield self.owner[key], self.size[key]
-
-    def before(self, node: Node) -> Iterable[tuple[str, int]]:
-        key = self.key.get(node)
-        if node.op != "placeholder" and key in self.size and self.first[key] is node:
-            yield self.owner[key], self.size[key]
-
-    def after(self, node: Node) -> Iterable[tuple[str, int]]:
-        for key in self.free.get(node, ()):
-            yield self.owner[key], -self.size[key]
-
-    def end(self) -> Iterable[tuple[str, int]]:
-        """A backward's outputs are gradients at O, which are model state from here on; a forward's stay for its backward."""
-        if self.stage == "backward":
-            for key in self._kept:
-                if key in self.size:
-                    yield self.owner[key], -self.size[key]
-
-
-def _owner(node: Node) -> str:
-    """Whose the storage is that a node makes; "" if it is model state."""
-    ours = [user for user in node.users if TRANSFER in user.meta]
-    if node.op == "placeholder":
-        return "" if ours or TRANSFER in node.meta or not node.users else "activations"
-    transfer = node.meta.get(TRANSFER)
-    if transfer is None:
-        return "gradients" if any(user.meta[TRANSFER] != "gather" for user in ours) else "activations"
-    if node.target in (QUANTIZE, REQUANTIZE) or (
-        node.target in TRAFFIC and (node.target is not ALL_GATHER or WIRE in node.meta)
-    ):
-        return "gathered" if node.target is PEER_GATHER else "wire"
-    return "gathered" if transfer == "gather" else "gradients"
+def _few(names: Sequence[str]) -> str:
+    return wording.fold(names, 2)
 
 
 def _is_rest(memory: Sequence[Memory]) -> bool:

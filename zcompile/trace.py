@@ -16,7 +16,7 @@ import torch
 
 from zcompile.api import ledger
 from zcompile.cli import write_json
-from zcompile.debug.paper import world
+from zcompile.paper import world
 from zcompile.plan import Plan
 from zcompile.shapes import SHAPES, Decoder
 from zcompile.topology import Topology

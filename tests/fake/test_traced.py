@@ -10,7 +10,7 @@ import torch.distributed as dist
 from support.spawn import Pool
 
 from zcompile._torch_compat import run_and_save_rng_state, run_with_rng_state
-from zcompile.debug.paper import world
+from zcompile.paper import world
 from zcompile.passes.nodes import aten, find
 from zcompile.plan import Plan
 from zcompile.planner.search import Request

@@ -8,8 +8,12 @@ zcompile dump train.py --topology 2x2x2 --out DIR -- --steps 3                  
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import sysconfig
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,11 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
+from zcompile import paper
 from zcompile.cli import write_json
-from zcompile.debug import paper, tables
-from zcompile.debug.dump import collecting
+from zcompile.debug import tables, text
+from zcompile.debug.dump import Place, collecting
+from zcompile.debug.views import check_writable
 from zcompile.plan import Plan
 from zcompile.shapes import SHAPES, Decoder
 from zcompile.topology import Topology
@@ -42,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--plan", help="a preset (default: zero_topo, or what a script says)")
     option(
         "--out",
-        type=Path,
+        type=lambda text: Path(os.path.abspath(text)),  # a script may change the working directory
         metavar="DIR",
         help="folder for the dump; without it the tables are printed and nothing is kept",
     )
@@ -72,18 +78,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    """0: dumped; 1: the script or the model failed, or no step was made; 2: bad arguments."""
+    """0: dumped; 1: the script, the model or the dump failed, or no step was made; 2: bad arguments."""
     begin = time.perf_counter()
     try:
         _check(arguments)
         run = _prepare(arguments)
-    except (ValueError, TypeError) as error:
-        print(f"zcompile dump: {error}", file=sys.stderr)
-        return 2
-    try:
+        _prepare_folder(arguments.out)  # the last thing: a mistake in the others leaves no folder
         with collecting() as steps:
-            run()
+            stepped = run()
     except (ValueError, TypeError) as error:
+        if in_users_code(error):
+            raise  # with its traceback, which ends with exit code 1
         print(f"zcompile dump: {error}", file=sys.stderr)
         return 2
     if not steps:
@@ -92,25 +97,50 @@ def command(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    counted = [step for step in steps if step.count()]
+    place = None if arguments.out is None else Place.made(str(arguments.out), arguments.rank)
+    if counted and place and place.views:
+        place.views.update(counted)
     found = [step.as_dict() for step in steps]
+    if not stepped:
+        print(
+            f"zcompile dump: {arguments.model} ended before an optimizer's step: this is what it had compiled",
+            file=sys.stderr,
+        )
+    code = 0 if stepped else 1
     if write_json(found, arguments.json):
-        return 0
+        return code
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for each in found:
         console.print(tables.ledger(each, arguments.rows, arguments.sort))
-    if arguments.out is not None:
-        report = arguments.out / "report.html"
-        where = f"open {report} in a browser" if report.exists() else f"text in {arguments.out}/rank{arguments.rank}"
+    if len(found) > 1 and len({each["topology"] for each in found}) == 1:
+        console.print(tables.together(found))
+    if arguments.out is None:
+        return code
+    if broken := next((step.broken for step in steps if step.broken), ""):
+        print(f"zcompile dump: what is in {arguments.out} is not all: {broken}", file=sys.stderr)
+        return 1
+    if place is not None:
+        report = place.views and place.views.path("report.html")
+        where = f"open {report} in a browser" if report and report.exists() else f"text in {place.root}"
         console.print(f"{escape(where)}  ({time.perf_counter() - begin:.1f} s)", soft_wrap=True)
-    return 0
+    return code
+
+
+def in_users_code(error: BaseException) -> bool:
+    """Whether an error came up through code that is neither ours nor torch's nor Python's own: a user wants to see where."""
+    library = sysconfig.get_path("stdlib") + os.sep
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(
+        text.is_users(file) and not file.startswith("<") and (not file.startswith(library) or "-packages" in file)
+        for file in files
+    )
 
 
 def _check(arguments: argparse.Namespace) -> None:
     for name in ("micro_batches", "rows"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be 1 or more")
-    if arguments.out is not None and arguments.out.exists() and not arguments.out.is_dir():
-        raise ValueError(f"--out {arguments.out}: is no folder")
     is_script = arguments.model.endswith(".py")
     if arguments.more and not is_script:
         raise ValueError(f"arguments {' '.join(arguments.more)!r}: only a script takes any")
@@ -121,8 +151,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--sequence {arguments.sequence}: is for named shapes ({', '.join(SHAPES)})")
 
 
-def _prepare(arguments: argparse.Namespace) -> Any:
-    """Everything that can be wrong with the arguments is found here; returns what runs the model."""
+def _prepare(arguments: argparse.Namespace) -> Callable[[], bool]:
+    """Everything that can be wrong with the arguments is found here; returns what runs the model, and says whether it made a step."""
     topology = Topology.parse(arguments.topology)
     settings: dict[str, Any] = {"dump": str(arguments.out or ""), "dump_ranks": str(arguments.rank), "codegen": False}
     for name in ("overlap", "memory", "keep"):
@@ -139,7 +169,7 @@ def _prepare(arguments: argparse.Namespace) -> Any:
         return lambda: paper.script(path, arguments.more, topology, arguments.rank, settings)
     settings = {"plan": "zero_topo", **settings}
 
-    def run() -> None:
+    def run() -> bool:
         model, inputs = _model(arguments, settings)
         paper.dump(
             model,
@@ -150,10 +180,19 @@ def _prepare(arguments: argparse.Namespace) -> Any:
             backward=not arguments.eval,
             **settings,
         )
+        return True
 
     if arguments.model not in SHAPES:
         paper.target(arguments.model)  # that it is there is known before anything is built
     return run
+
+
+def _prepare_folder(folder: Path | None) -> None:
+    if folder is not None:
+        try:
+            check_writable(folder)
+        except ValueError as error:
+            raise ValueError(f"--out {error}") from error
 
 
 def _model(arguments: argparse.Namespace, settings: dict[str, Any]) -> tuple[nn.Module, Any]:

@@ -75,11 +75,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two dumps of one rank each: their parts, in the compiler's order."""
+    """Of two dumps of one rank each: their parts, in the compiler's order; `note` says what else is to be known of the pair."""
 
     a: Path
     b: Path
     parts: tuple[Part, ...]
+    note: str = ""
 
     @property
     def differing(self) -> list[Part]:
@@ -89,6 +90,7 @@ class Difference:
         return {
             "a": str(self.a),
             "b": str(self.b),
+            "note": self.note,
             "equal": not self.differing,
             "parts": len(self.parts),
             "differing": [part.as_dict() for part in self.differing],
@@ -112,7 +114,7 @@ def ranks(folder: Path) -> list[Path]:
     return sorted(found, key=lambda child: (int(found[child][1]), int(found[child][2] or 1)))
 
 
-def compare(a: Path, b: Path) -> Difference:
+def compare(a: Path, b: Path, note: str = "") -> Difference:
     """Two dumps of one rank each (folders that hold graph0.forward, ...)."""
     ours, theirs = _texts(a), _texts(b)
     names = sorted({*ours, *theirs})
@@ -120,7 +122,7 @@ def compare(a: Path, b: Path) -> Difference:
     for key in names:
         x, y = ours.get(key), theirs.get(key)
         parts.append(Part(_title(key), x, y))
-    return Difference(a, b, tuple(parts))
+    return Difference(a, b, tuple(parts), note)
 
 
 Key = tuple[int, int, int, int, str]
@@ -168,8 +170,8 @@ def _section(lines: Sequence[str], start: str) -> list[str]:
     return list(lines[begin:end])
 
 
-def pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """What to compare: two dumps rank by rank, or the ranks of one with its first.
+def pairs(paths: Sequence[Path]) -> list[tuple[Path, Path, str]]:
+    """What to compare, and what is to be said of it: two dumps rank by rank, or the ranks of one with its first.
 
     Raises:
         ValueError: there is nothing to compare.
@@ -180,12 +182,14 @@ def pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
             raise ValueError(
                 f"{paths[0]} holds one rank's dump; give another dump to compare it with, or dump every rank (dump_ranks='all')"
             )
-        return [(found[0], other) for other in found[1:]]
+        return [(found[0], other, "") for other in found[1:]]
     a, b = (ranks(path) for path in paths)
-    if len(a) == 1 or len(b) == 1:
-        return [(a[0], b[0])]
+    if paths[0] in a and paths[1] in b:
+        return [(a[0], b[0], "")]  # one rank's folder each, by name
     by_name = {path.name: path for path in b}
-    both = [(path, by_name[path.name]) for path in a if path.name in by_name]
+    both = [(path, by_name[path.name], "") for path in a if path.name in by_name]
+    if not both and (len(a) == 1 or len(b) == 1):
+        return [(a[0], b[0], f"they have no rank in common: {a[0].name} is compared with {b[0].name}")]
     if not both:
         raise ValueError(
             f"{paths[0]} and {paths[1]} have no rank in common: {', '.join(p.name for p in a)} and {', '.join(p.name for p in b)}"
@@ -196,6 +200,8 @@ def pairs(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
 def show(found: Iterable[Difference], console: Console, full: bool) -> None:
     for difference in found:
         differing = difference.differing
+        if difference.note:
+            console.print(difference.note, style="yellow", markup=False, soft_wrap=True)
         if not differing:
             console.print(
                 f"[green]equal[/green]  {escape(f'{difference.a}  {difference.b}')}: {len(difference.parts)} texts",
@@ -260,7 +266,7 @@ def command(arguments: argparse.Namespace) -> int:
     """0: equal; 1: they differ; 2: bad arguments."""
     try:
         paths = [path for path in (arguments.a, arguments.b) if path is not None]
-        found = [compare(a, b) for a, b in pairs(paths)]
+        found = [compare(*pair) for pair in pairs(paths)]
     except (ValueError, OSError) as error:
         print(f"zcompile diff: {error}", file=sys.stderr)
         return 2

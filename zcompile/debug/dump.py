@@ -20,7 +20,7 @@ import difflib
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch.fx import GraphModule
@@ -32,13 +32,17 @@ from zcompile.debug.names import Names, path, printable
 from zcompile.debug.record import Program, Record
 from zcompile.debug.step import Step
 from zcompile.layout import ParamSpec
+from zcompile.ops import ACCUMULATE, SYNC
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import TRAFFIC, collective_of, find
+from zcompile.passes.nodes import GATHER, TRAFFIC, collective_of, find, phase_of
 from zcompile.passes.verify import traffic
+from zcompile.wording import fold, wire
 
 INPUT = "input"
 _LAST = (passes.JOINT[-1].NAME, passes.LOWERED[-1].NAME)
 _places: dict[tuple[int, str, int], Place] = {}
+_meant: dict[tuple[int, str], Path] = {}
+"""What a folder's name meant when this process first dumped into it: a script may change the working directory."""
 
 
 class Place:
@@ -49,10 +53,10 @@ class Place:
         with_views: whether this rank writes the views.
     """
 
-    def __init__(self, folder: str, rank: int, with_views: bool) -> None:
-        os.makedirs(folder, exist_ok=True)
+    def __init__(self, folder: Path, rank: int, with_views: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         for attempt in itertools.count(1):
-            self.root = Path(folder) / f"rank{rank}{'' if attempt == 1 else f'.{attempt}'}"
+            self.root = folder / f"rank{rank}{'' if attempt == 1 else f'.{attempt}'}"
             try:
                 self.root.mkdir()
             except FileExistsError:
@@ -62,15 +66,23 @@ class Place:
             break
         if attempt > 1:
             warnings.warn(f"zcompile: {folder} holds another job's dump; this job's is in {self.root}", stacklevel=6)
-        self.views = views.Views(Path(folder), "" if attempt == 1 else f".{attempt}") if with_views else None
+        # Another job may have dumped another rank: no folder of this rank's says that its views are there.
+        self.views = views.Views(folder, max(attempt, views.newest(folder) + 1)) if with_views else None
 
     @staticmethod
     def of(folder: str, rank: int, with_views: bool) -> Place:
         """That of this process and rank."""
-        key = (os.getpid(), os.path.abspath(folder), rank)
+        process = os.getpid()
+        place = _meant.setdefault((process, folder), Path(os.path.abspath(folder)))
+        key = (process, str(place), rank)
         if key not in _places:
-            _places[key] = Place(folder, rank, with_views)
+            _places[key] = Place(place, rank, with_views)
         return _places[key]
+
+    @staticmethod
+    def made(folder: str, rank: int) -> Place | None:
+        """That of this process and rank, where it has dumped into the folder."""
+        return _places.get((os.getpid(), os.path.abspath(folder), rank))
 
 
 _collecting: list[list[Step]] = []
@@ -95,14 +107,17 @@ class Dump:
         rank: of this process; each rank writes its own folder, with equal contents.
         number: of the compilation in this process.
         specs: of all parameters of the model, in the order of their units.
-        sources: what Dynamo calls the inputs of the joint graph, in order; () where it is not known.
+        trained: names of those that are.
+        first: whether it is the first compilation of the model, with which the step's refreshes are counted.
         with_views: whether ledger, trace and report are written too.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], rank: int, number: int, specs: Sequence[ParamSpec] = (), sources: Sequence[str] = (),
-                 with_views: bool = True) -> None:  # fmt: skip
+    def __init__(self, folder: str | os.PathLike[str], rank: int, number: int, specs: Sequence[ParamSpec] = (),
+                 trained: Collection[str] = (), first: bool = True, with_views: bool = True) -> None:  # fmt: skip
         self.folder, self.rank, self.number, self.with_views = os.fspath(folder), rank, number, with_views
-        self.specs, self.sources = specs, sources
+        self.specs, self.trained, self.first = specs, trained, first
+        self.sources: Sequence[str] = ()
+        """What Dynamo calls the inputs of the joint graph, in order; () where it is not known."""
         self.step: Step | None = None
         self.whole = bool(self.folder or _collecting)
         """Whether the text of every pass is kept."""
@@ -125,18 +140,22 @@ class Dump:
         try:
             write()
         except Exception as error:
-            self._broken, self.step = True, None
-            warnings.warn(
-                f"zcompile: no further dump of graph {self.number} to {self.folder!r}: {type(error).__name__}: {error}",
-                stacklevel=4,
-            )
+            self._broken = True
+            if self.step is not None:
+                self.step.broken = f"{type(error).__name__}: {error}"
+            if self.folder:
+                warnings.warn(
+                    f"zcompile: no further dump of graph {self.number} to {self.folder!r}: {type(error).__name__}: {error}",
+                    stacklevel=4,
+                )
 
     # -- programs ----------------------------------------------------------------------------------------------------------------
 
     def _program(self, gm: GraphModule, context: Context, pass_name: str) -> None:
         stage = context.stage
         if self.step is None:
-            self.step = Step(self.number, context.plan, self.specs)
+            accumulating = any(phase_of(node) in (ACCUMULATE, SYNC) for node in find(gm.graph, GATHER))
+            self.step = Step(self.number, context.plan, self.specs, self.trained, accumulating, self.first)
             for steps in _collecting:
                 steps.append(self.step)
         if pass_name == INPUT:
@@ -154,6 +173,7 @@ class Dump:
             lines = text.lines(gm, self._inputs, stage, self._names[stage])
         if self.whole or last:
             self._add(found, pass_name, lines, context)
+        self.step.kept |= context.kept
         if last and stage != "joint":
             self.step.play(gm, stage)
             found.traffic = traffic(gm)
@@ -211,7 +231,7 @@ class Dump:
             out += ["", *_bytes(found.traffic, context)]
             out += ["", f"collectives, in order ({len(found.collectives)})"]
             out += [
-                f"  {i:4d}  {e.transfer:8s}{e.op:12s}{e.level:10s}{text.wire(e):10s}{e.bytes:14d}  {printable(text.fold(e.parameters))}"
+                f"  {i:4d}  {e.transfer:8s}{e.op:12s}{e.level:10s}{wire(e):10s}{e.bytes:14d}  {printable(fold(e.parameters))}"
                 for i, e in enumerate(found.collectives)
             ]
         self._write(context.stage, "summary.txt", out)
@@ -220,7 +240,7 @@ class Dump:
         if context.stage != "joint":
             place = Place.of(self.folder, self.rank, self.with_views)
             if place.views:
-                place.views.update(self.step)
+                place.views.update([self.step])
 
     # -- files -------------------------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,9 @@ class Explanation:
             raise ValueError(
                 "zcompile.explain: nothing was compiled for this model so far; run a forward and a backward first"
             )
-        self.steps = list(steps)
+        self.steps = [step for step in steps if not step.broken]
+        if not self.steps:
+            raise ValueError(f"zcompile.explain: graph {steps[0].number} could not be recorded: {steps[0].broken}")
         self._rows, self._sort = rows, sort
 
     def ledger(self) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from zcompile.debug import tables
 from zcompile.debug.names import printable
 from zcompile.debug.record import Record
 from zcompile.debug.step import LOWERED, Step
@@ -109,7 +110,7 @@ def step_data(step: Step) -> dict[str, Any]:
         columns["parameters"].append(
             [number_of[printable(name)] for name in span.parameters if printable(name) in number_of]
         )
-    title = ", ".join(data["graphs"]) or f"compilation {step.number}"
+    title = tables.title(data) or f"compilation {step.number}"
     memory = {owner: [each.bytes.get(owner, 0) for each in timeline.memory] for owner in OWNERS}
     return {
         **data,

@@ -13,6 +13,7 @@ from zcompile.cost import Bytes
 from zcompile.debug import text
 from zcompile.debug.names import Names, module_of, printable
 from zcompile.passes.nodes import QUANTIZERS, TRAFFIC, TRANSFER, VIEWS_AND_CASTS, WAIT, Collective, collective_of
+from zcompile.wording import wire
 
 KINDS = ("input", "output", "compute", "quantize", "wait", "gather", "reduce", "sync", "back")
 """Of a row: what it is drawn as. A launch is of the kind of its transfer."""
@@ -121,7 +122,7 @@ def _row(node: Node, names: Names, words: text.Text, at: Mapping[Node, int]) -> 
     hop = node.args[0] if node.target is WAIT else node
     if isinstance(hop, Node) and hop.target in TRAFFIC:
         entry = collective_of(hop)
-        row.level, row.wire, row.bytes = entry.level, text.wire(entry), entry.bytes
+        row.level, row.wire, row.bytes = entry.level, wire(entry), entry.bytes
         row.transfer, row.parameters = entry.transfer, tuple(map(printable, entry.parameters))
     return row
 

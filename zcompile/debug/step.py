@@ -1,14 +1,18 @@
-"""One compilation as a step: its graphs played after one another, and the books of that: by parameter, by level, by hop, by owner.
+"""One compilation's part of a step: its graphs played after one another, and the books of that: by parameter, by level, by hop, by owner.
 
 Everything is in bytes that one rank receives and in seconds by the machine's data (zcompile.times). Bytes are those of the graphs'
 collectives; the share of a parameter in a message is its closed form, and the shares add up to the message exactly.
+
+A step may consist of several compilations (graph breaks, micro-batches that accumulate and one that synchronises), and one of them may run
+several times. Refreshes are launched once, before the first: they are in the books of the model's first compilation alone. So the books
+of all add up to the step, as zcompile.ledger counts it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
@@ -17,9 +21,12 @@ from zcompile.debug.names import printable
 from zcompile.debug.record import Record
 from zcompile.layout import ParamSpec
 from zcompile.plan import ResolvedPlan
-from zcompile.simulator import Player, Refresh
+from zcompile.simulator import begin, refreshes
 from zcompile.timeline import Hop, Timeline
 from zcompile.wire import COMPUTE_FORMATS
+
+if TYPE_CHECKING:
+    from zcompile.program import Program
 
 PHASES = ("refresh", "forward", "backward", "inference")
 LOWERED = ("forward", "backward", "inference")
@@ -31,61 +38,106 @@ class Step:
 
     Attributes:
         number: of the compilation. specs: of all parameters of the model, in the order of their units.
+        trained: names of those that are; the others are not refreshed, and have no gradients and no moments.
+        accumulating: whether micro-batches are added up in main gradients.
+        refreshing: whether the step's refreshes are in these books.
+        runs: how often the graphs run in a step. The first run has the refreshes, further ones find fresh copies and idle lanes.
+        programs: what runs, by which `count` knows it.
+        kept: names of the parameters whose gathered weights the forward leaves for the backward.
         records: by stage; the joint graph's too.
         timeline: of what was played so far: the refresh of every copy, the forward, the backward.
+        broken: what went wrong in the dump, "" as long as nothing has; the books are then not all.
     """
 
     number: int
     plan: ResolvedPlan
     specs: Sequence[ParamSpec]
+    trained: Collection[str] = ()
+    accumulating: bool = False
+    refreshing: bool = True
+    runs: int = 1
+    programs: list[Program] = field(default_factory=list)
+    kept: set[str] = field(default_factory=set)
     records: dict[str, Record] = field(default_factory=dict)
+    broken: str = ""
 
     def __post_init__(self) -> None:
-        self._player = Player(self.plan.topology)
-        self._player.charge("weights", sum(state_bytes(self.specs).values()))
-        self._player.refresh(refreshes(self.specs))
+        state = cost.step_state(self.specs, self.trained, self.accumulating)
+        needed = refreshes(spec for spec in self.specs if spec.name in self.trained) if self.refreshing else []
+        self._player = begin(self.plan.topology, needed, state)
+        self._further = begin(self.plan.topology, (), state) if needed else self._player
+        """Of a run after the first."""
+        self._played: set[str] = set()
 
     @property
     def timeline(self) -> Timeline:
+        """Of the first run."""
         return self._player.finish()
 
     def play(self, gm: GraphModule, stage: str) -> None:
         """A graph after its last pass: its part of the timeline. Of a stage that comes again (another shape) only the first is played."""
-        if not any(hop.phase == stage for hop in self._player.timeline.hops):
-            self._player.graph(gm.graph, stage)
+        if stage not in self._played:
+            self._played.add(stage)
+            for player in {id(each): each for each in (self._player, self._further)}.values():
+                player.graph(gm.graph, stage)
+
+    def count(self) -> bool:
+        """Take how often the graphs have run for how often they run in a step. True if that is something new."""
+        before = self.runs
+        self.runs = max(1, sum(program.runs for program in self.programs if program.stage != "backward"))
+        return self.runs != before
+
+    def _all(self, of: Callable[[Timeline], float]) -> float:
+        """A number of all runs together: of the first and of what comes after it."""
+        return of(self.timeline) + ((self.runs - 1) * of(self._further.finish()) if self.runs > 1 else 0)
+
+    def _runs(self, hop: Hop) -> int:
+        return 1 if hop.phase == "refresh" else self.runs
 
     # -- the books ---------------------------------------------------------------------------------------------------------------
 
     def levels(self) -> list[dict[str, Any]]:
         """Per level, fastest first: its data, messages, bytes by transfer, how long its links are busy, and what of it is waited for."""
-        timeline, topology = self.timeline, self.plan.topology
-        exposed, received = timeline.exposed_by("level"), timeline.received()
-        found = []
-        for level in topology.levels:
-            busy = timeline.busy(level.name)
+        seconds, received = self._all(lambda timeline: timeline.seconds), self._received()
+        hops, found = self.timeline.hops, []
+        for level in self.plan.topology.levels:
+            name = level.name
+            busy = self._all(lambda timeline, name=name: timeline.busy(name))  # type: ignore[misc]
+            exposed = self._all(lambda timeline, name=name: timeline.exposed_by("level").get(name, 0.0))  # type: ignore[misc]
             found.append(
                 {
                     "level": level.name,
                     "size": level.size,
                     "bandwidth": level.bandwidth,
                     "latency": level.latency,
-                    "messages": sum(hop.level == level.name for hop in timeline.hops),
+                    "messages": sum(self._runs(hop) for hop in hops if hop.level == level.name),
                     "bytes": {t: received.get((level.name, t), 0) for t in cost.LEDGER_TRANSFERS},
                     "busy": busy,
-                    "share": busy / timeline.seconds if timeline.seconds else 0.0,
-                    "exposed": exposed.get(level.name, 0.0),
+                    "share": busy / seconds if seconds else 0.0,
+                    "exposed": exposed,
                 }
             )
         return found
 
+    def _received(self) -> cost.Bytes:
+        """(level, transfer) -> bytes of all runs."""
+        found: cost.Bytes = {}
+        for hop in self.timeline.hops:
+            cost.add(found, {(hop.level, _ledgers(hop.transfer)): self._runs(hop) * hop.bytes})
+        return found
+
     def hops(self) -> list[dict[str, Any]]:
-        """Every hop in the order of launching: what it carries, where it is launched and waited for, what of it is exposed, and why."""
+        """Every hop in the order of launching: what it carries, where it is launched and waited for, what of it is exposed, and why.
+
+        Of the first run. `runs`: how often the hop comes in a step; `wait` is a line of the graph `waiting`.
+        """
+        begins = next((stage for stage in ("forward", "inference") if stage in self.records), "")
         found = []
         for number, hop in enumerate(self.timeline.hops):
             record = self.records.get(hop.phase)
-            launch, wait = (record.at(hop.node), record.at(hop.wait)) if record else (-1, -1)
-            if hop.phase == "refresh" and hop.wait and "forward" in self.records:
-                wait = self.records["forward"].at(hop.wait)
+            launch = record.at(hop.node) if record else -1
+            waiting = begins if hop.phase == "refresh" else hop.phase
+            wait = self.records[waiting].at(hop.wait) if hop.wait and waiting in self.records else -1
             found.append(
                 {
                     "number": number,
@@ -99,6 +151,8 @@ class Step:
                     "source": record.rows[launch].source if record and launch >= 0 else "",
                     "launch": launch,
                     "wait": wait,
+                    "waiting": waiting,
+                    "runs": self._runs(hop),
                     "launched": hop.launched,
                     "begin": hop.begin,
                     "end": hop.end,
@@ -118,7 +172,11 @@ class Step:
         for number, hop in enumerate(hops):
             for name in hop.parameters:
                 carries.setdefault(name, []).append(number)
-        exposed, gathered = self.timeline.exposed_by("parameters"), self._gathered()
+        gathered = self._gathered()
+        exposed = self.timeline.exposed_by("parameters")
+        if self.runs > 1:
+            for name, seconds in self._further.finish().exposed_by("parameters").items():
+                exposed[name] = exposed.get(name, 0.0) + (self.runs - 1) * seconds
         return [
             self._parameter(spec, [(i, hops[i]) for i in carries.get(spec.name, ())], exposed, gathered)
             for spec in self.specs
@@ -130,10 +188,10 @@ class Step:
         places = ("whole", *spec.levels)
         received: dict[str, dict[str, int]] = {}
         for _, hop in hops:
-            transfer = "sync" if hop.transfer == "back" else hop.transfer
+            transfer = _ledgers(hop.transfer)
             key = transfer if transfer != "gather" else f"{transfer} {hop.phase}"
             row = received.setdefault(key, {})
-            row[hop.level] = row.get(hop.level, 0) + share(spec, hop)
+            row[hop.level] = row.get(hop.level, 0) + self._runs(hop) * share(spec, hop)
         worst = max((hop for _, hop in hops), key=lambda hop: hop.exposed, default=None)
         return {
             "name": printable(spec.name),
@@ -145,7 +203,7 @@ class Step:
             "optimizer": places[spec.o],
             "bytes": received,
             "total": sum(sum(row.values()) for row in received.values()),
-            "backward": _in_backward(printable(spec.name), gathered),
+            "backward": self._in_backward(spec, gathered),
             "hops": [number for number, _ in hops],
             "exposed": exposed.get(spec.name, 0.0),
             "reason": worst.reason if worst is not None else "",
@@ -158,6 +216,20 @@ class Step:
             for stage in ("forward", "backward")
             if stage in self.records
         }
+
+    def _in_backward(self, spec: ParamSpec, gathered: dict[str, set[str]]) -> str:
+        """What becomes of the whole weight between forward and backward."""
+        name = printable(spec.name)
+        before, again = (name in gathered.get(stage, ()) for stage in ("forward", "backward"))
+        if "backward" not in gathered:
+            return ""
+        if not (before or again):
+            return "not read"
+        if not cost.transfer_bytes(spec, "gather"):
+            return "whole"
+        if spec.name in self.kept:
+            return "kept"
+        return ("gathered again" if before else "gathered") if again else "not needed"
 
     def memory(self) -> list[dict[str, Any]]:
         return [{"at": each.at, **each.bytes} for each in self.timeline.memory]
@@ -172,9 +244,10 @@ class Step:
             "topology": self.plan.topology.key,
             "device": self.plan.topology.device.name,
             "graphs": [self.records[stage].title for stage in LOWERED if stage in self.records],
-            "seconds": timeline.seconds,
-            "computing": timeline.busy("compute"),
-            "exposed": timeline.exposed,
+            "runs": self.runs,
+            "seconds": self._all(lambda timeline: timeline.seconds),
+            "computing": self._all(lambda timeline: timeline.busy("compute")),
+            "exposed": self._all(lambda timeline: timeline.exposed),
             "memory": {"peak": peak.total, "at": peak.at, "owners": peak.bytes},
             "levels": self.levels(),
             "hops": self.hops(),
@@ -182,39 +255,9 @@ class Step:
         }
 
 
-def _in_backward(name: str, gathered: dict[str, set[str]]) -> str:
-    """What becomes of the whole weight between forward and backward."""
-    if "backward" not in gathered:
-        return ""
-    before = name in gathered.get("forward", ())
-    if name in gathered["backward"]:
-        return "gathered again" if before else "gathered"
-    return "not needed" if before else "not read"
-
-
-def refreshes(specs: Iterable[ParamSpec]) -> list[Refresh]:
-    """The refresh of each unit, by the closed forms."""
-    units: dict[str, list[ParamSpec]] = {}
-    for spec in specs:
-        units.setdefault(spec.unit, []).append(spec)
-    found = []
-    for unit in units.values():
-        hops: dict[tuple[int, str], int] = {}
-        for spec in unit:
-            for level, wire, kind in cost.transfer_levels(spec, "refresh"):
-                if amount := cost.hop_bytes(spec.layout, level, wire, kind):
-                    hops[level, wire.short] = hops.get((level, wire.short), 0) + amount
-        if hops:
-            levels = unit[0].levels
-            ordered = tuple((levels[level - 1], amount, wire) for (level, wire), amount in hops.items())
-            found.append(Refresh(tuple(spec.name for spec in unit), ordered))
-    return found
-
-
-def state_bytes(specs: Sequence[ParamSpec]) -> dict[str, int]:
-    """Model state on one rank while a step runs, AdamW's moments included: see zcompile.cost.state_bytes."""
-    copies = {spec.name: int(spec.has_copy) for spec in specs}
-    return {**cost.state_bytes(specs, copies, accumulating=False), "gradient": 0}
+def _ledgers(transfer: str) -> str:
+    """A hop's transfer by the ledger's name: the way back of a sync is sync."""
+    return "sync" if transfer == "back" else transfer
 
 
 def share(spec: ParamSpec, hop: Hop) -> int:

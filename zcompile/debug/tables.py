@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from zcompile.cost import LEDGER_TRANSFERS
-from zcompile.debug.text import fold, size
 from zcompile.timeline import OWNERS, REASONS
+from zcompile.wording import fold, size
 
 ALL = 1_000_000
 SORTS = ("exposed", "bytes", "name")
@@ -40,7 +40,7 @@ def ledger(step: dict[str, Any], most: int = 20, sort: str = "exposed") -> Group
     parts: list[RenderableType] = [_heading(step), levels(step), memory(step)]
     exposed = [hop for hop in step["hops"] if hop["exposed"] > 0]
     if exposed:
-        parts.append(why(exposed, most))
+        parts.append(why(exposed, most, step["runs"]))
     parts.append(parameters(step, most, sort))
     return Group(*(part for each in parts for part in (each, "")))
 
@@ -57,11 +57,28 @@ def as_text(found: Sequence[dict[str, Any]]) -> str:
 def _heading(step: dict[str, Any]) -> Text:
     share = step["exposed"] / step["seconds"] if step["seconds"] else 0.0
     plan = step["plan"][0]
-    graphs = ", ".join(step["graphs"])
+    graphs = title(step)
     return Text(
         f"{plan}\n{graphs}: {seconds(step['seconds'])} by the data of one {step['device']}, "
         f"{seconds(step['computing'])} computing, {seconds(step['exposed'])} ({100 * share:.0f} %) waiting for transfers"
     )
+
+
+def title(step: dict[str, Any]) -> str:
+    """Of the graphs of one compilation: what they are called, and how often they run in a step."""
+    return ", ".join(step["graphs"]) + (f", {step['runs']} times" if step["runs"] > 1 else "")
+
+
+def together(steps: Sequence[dict[str, Any]]) -> Table:
+    """Bytes by level of all compilations: of the whole step."""
+    table = _table(
+        f"the step, {len(steps)} compilations: bytes that one rank receives", "level", *LEDGER_TRANSFERS, "waited for"
+    )
+    for rows in zip(*(step["levels"] for step in steps), strict=True):
+        received = (sum(row["bytes"][transfer] for row in rows) for transfer in LEDGER_TRANSFERS)
+        exposed = seconds(sum(row["exposed"] for row in rows))
+        table.add_row(rows[0]["level"], *(size(amount) if amount else "-" for amount in received), exposed)
+    return table
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
@@ -89,11 +106,12 @@ def memory(step: dict[str, Any]) -> Table:
     return table
 
 
-def why(hops: Sequence[dict[str, Any]], most: int = 20) -> Group:
+def why(hops: Sequence[dict[str, Any]], most: int = 20, runs: int = 1) -> Group:
     """The hops that were not hidden, the longest waiting first, and what the reasons mean."""
     ordered = sorted(hops, key=lambda hop: (-hop["exposed"], hop["number"]))
     total = sum(hop["exposed"] for hop in hops)
-    title = f"{len(hops)} hops that were not hidden, {seconds(total)} together" + (
+    where = f" in the first of {runs} runs" if runs > 1 else ""
+    title = f"{len(hops)} hops that were not hidden{where}, {seconds(total)} together" + (
         f"; the longest {most}" if most < len(hops) else ""
     )
     table = _table(

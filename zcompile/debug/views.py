@@ -11,7 +11,10 @@ import gzip
 import importlib.util
 import json
 import os
+import re
+import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +32,28 @@ class Views:
 
     Args:
         folder: where they are written.
-        suffix: of the files' names, where the folder holds another job's: ".2".
+        job: how many-th in the folder: the second one's files are called report.2.html and so on.
     """
 
-    def __init__(self, folder: Path, suffix: str = "") -> None:
-        self.folder, self.suffix = folder, suffix
+    def __init__(self, folder: Path, job: int = 1) -> None:
+        self.folder, self.job = folder, job
         self.steps: dict[int, Step] = {}
         self._data: dict[int, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
 
-    def update(self, step: Step) -> None:
-        """Write them with this step, as far as it has come. Of very many compilations the first are shown: a page has to open."""
-        if len(self.steps) == _MOST and step.number not in self.steps:
+    def update(self, changed: Sequence[Step]) -> None:
+        """Write them with these steps, as far as they have come. Of very many compilations the first are shown: a page has to open."""
+        changed = [step for step in changed if step.number in self.steps or len(self.steps) < _MOST]
+        if not changed:
             return
-        self.steps[step.number] = step
+        self.steps.update((step.number, step) for step in changed)
         steps = [self.steps[number] for number in sorted(self.steps)]
         books = [each.as_dict() for each in steps]
         self._write("ledger.json", json.dumps(books, indent=1))
         self._write("ledger.txt", tables.as_text(books))
         self._write("trace.json", json.dumps(chrome.trace(steps)))
-        data = page.step_data(step)
-        self._data[step.number] = (data, [page.graph_data(record) for record in page.records(step)])
+        for step in changed:
+            data = page.step_data(step)
+            self._data[step.number] = (data, [page.graph_data(record) for record in page.records(step)])
         parts = [self._data[number] for number in sorted(self._data)]
         whole = ([step for step, _ in parts], [graph for _, graphs in parts for graph in graphs])
         self._write(DATA, gzip.compress(json.dumps(whole).encode("utf-8", "replace"), 6, mtime=0))
@@ -56,11 +61,41 @@ class Views:
             self._write("report.html", page.render(*whole))
 
     def path(self, name: str) -> Path:
-        stem, dot, kind = name.partition(".")
-        return self.folder / f"{stem}{self.suffix}{dot}{kind}"
+        return of_job(self.folder, name, self.job)
 
     def _write(self, name: str, content: str | bytes) -> None:
         write(self.path(name), content)
+
+
+def of_job(folder: Path, name: str, job: int) -> Path:
+    """A file of the views of the folder's n-th job: "report.html", "report.2.html"."""
+    stem, dot, kind = name.partition(".")
+    return folder / f"{stem}{'' if job == 1 else f'.{job}'}{dot}{kind}"
+
+
+def jobs(folder: Path) -> list[int]:
+    """Those that have left views in a folder, the newest last."""
+    pattern = re.compile(r"ledger(?:\.(\d+))?\.json$")
+    return sorted(int(found[1] or 1) for path in folder.glob("ledger*.json") if (found := pattern.match(path.name)))
+
+
+def newest(folder: Path) -> int:
+    """The number of the last job in a folder; 0: none."""
+    return max(jobs(folder), default=0)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder, and a file in it that goes at once.
+
+    Raises:
+        ValueError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to: {error.strerror or error}") from error
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -75,9 +110,9 @@ def write(path: Path, content: str | bytes) -> None:
         raise
 
 
-def load(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(steps, graphs) of a dump. ValueError where the folder holds none."""
-    path = folder / DATA
+def load(folder: Path, job: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(steps, graphs) of a job's dump. ValueError where the folder holds none."""
+    path = of_job(folder, DATA, job)
     try:
         steps, graphs = json.loads(gzip.decompress(path.read_bytes()))
     except (OSError, ValueError, EOFError) as error:
@@ -86,12 +121,12 @@ def load(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def save_measured(
-    folder: Path, steps: list[dict[str, Any]], graphs: list[dict[str, Any]], found: list[dict[str, Any]]
+    folder: Path, job: int, steps: list[dict[str, Any]], graphs: list[dict[str, Any]], found: list[dict[str, Any]]
 ) -> None:
-    """measured.json, and the page with the measured spans."""
-    write(folder / "measured.json", json.dumps(found))
+    """measured.json, and the page with the measured spans. OSError where they cannot be written."""
+    write(of_job(folder, "measured.json", job), json.dumps(found))
     if has_bokeh():
-        write(folder / "report.html", page.render(steps, graphs))
+        write(of_job(folder, "report.html", job), page.render(steps, graphs))
 
 
 _told = False

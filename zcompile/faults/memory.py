@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from zcompile.debug.text import size
 from zcompile.passes.nodes import ALL_GATHER, ALL_TO_ALL, PEER_GATHER, QUANTIZE, REQUANTIZE, SUM, WAIT, WHOLE, WIRE
+from zcompile.wording import size
 
 OWNERS = ("gathers", "grads", "quant buffers", "activations")
 _SAID = ("out of memory", "can't allocate memory", "not enough memory")

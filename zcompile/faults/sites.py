@@ -59,7 +59,7 @@ class Site:
             return f"agreement number {self.number} of all ranks, `{self.op}`"
         if not self.transfer:
             return self.op
-        from zcompile.debug.text import fold
+        from zcompile.wording import fold
 
         of = f", of {fold(self.parameters)}" if self.parameters else ""
         at = f" ({self.source})" if self.source else ""

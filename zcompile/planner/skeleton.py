@@ -27,7 +27,7 @@ from zcompile.passes.nodes import ALL_GATHER, ALL_TO_ALL, REFRESH, TRANSFER, WAI
 from zcompile.passes.work import WEIGHTS
 from zcompile.plan import ResolvedPlan
 from zcompile.planner.workload import Workload
-from zcompile.simulator import Refresh
+from zcompile.simulator import Refresh, refreshes
 from zcompile.times import SECONDS
 from zcompile.wire import WireFormat
 
@@ -172,28 +172,17 @@ class Skeleton:
     def specs(self) -> list[ParamSpec]:
         return [spec for piece in self.pieces for spec in piece.specs]
 
+    @property
+    def _trained(self) -> list[ParamSpec]:
+        return [spec for piece in self.pieces if piece.trainable for spec in piece.specs]
+
     def refreshes(self) -> list[Refresh]:
         """Of one step, in unit order: what a frozen parameter does not need, it does not get."""
-        found = []
-        for piece in self.pieces:
-            hops = (
-                tuple((level, received, wire) for _, level, _, wire, received in piece.hops("refresh"))
-                if piece.trainable
-                else ()
-            )
-            if hops:
-                found.append(Refresh(piece.names, hops))
-        return found
+        return refreshes(self._trained)
 
     def state(self, accumulating: bool) -> dict[str, int]:
-        """Model-state bytes on one rank, by zcompile.cost.state_bytes; frozen parameters have no gradients and no moments."""
-        copies = {spec.name: int(spec.has_copy) for spec in self.specs}
-        trained = [spec for piece in self.pieces if piece.trainable for spec in piece.specs]
-        frozen = [spec for piece in self.pieces if not piece.trainable for spec in piece.specs]
-        total = cost.state_bytes(trained, copies, accumulating)
-        for key, amount in cost.state_bytes(frozen, copies, False).items():
-            total[key] += amount if key in ("master", "copy", "image") else 0
-        return total
+        """Model-state bytes on one rank, by zcompile.cost.step_state."""
+        return cost.step_state(self.specs, {spec.name for spec in self._trained}, accumulating)
 
     # -- graphs ------------------------------------------------------------------------------------------------------------------
 

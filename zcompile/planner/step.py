@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Graph
 
 from zcompile.planner.skeleton import Skeleton
-from zcompile.simulator import Noise, Player, Refresh
+from zcompile.simulator import Noise, Refresh, begin
 from zcompile.timeline import Memory, Timeline
 from zcompile.topology import Topology
 
@@ -21,13 +21,13 @@ MOST_PLAYED = 3
 
 
 @dataclass(frozen=True)
-class Step:
-    """What is played.
+class Played:
+    """A step as it is played.
 
     Attributes:
         forward, accumulate, sync: lowered graphs; `accumulate` is the backward of all micro-batches but the last.
         refreshes: of the copies, in the order of their launch.
-        state: model-state bytes by what they are (zcompile.cost.state_bytes).
+        state: model-state bytes by what they are (zcompile.cost.step_state).
         shard: elements of masters on one rank: what the optimizer updates.
         workspace: bytes that operations need for a while beside what is kept.
     """
@@ -90,9 +90,9 @@ class Result:
         }  # fmt: skip
 
 
-def of_skeleton(skeleton: Skeleton, micro_batches: int = 1) -> Step:
+def of_skeleton(skeleton: Skeleton, micro_batches: int = 1) -> Played:
     """A plan's step, without tracing it."""
-    return Step(
+    return Played(
         skeleton.plan.topology,
         skeleton.forward(),
         skeleton.backward(accumulate=True) if micro_batches > 1 else None,
@@ -104,30 +104,26 @@ def of_skeleton(skeleton: Skeleton, micro_batches: int = 1) -> Step:
     )
 
 
-def play(step: Step, micro_batches: int = 1, noise: Noise | None = None) -> Result:
+def play(step: Played, micro_batches: int = 1, noise: Noise | None = None) -> Result:
     """The step's time and memory.
 
     Args:
         micro_batches: K; their gradients are reduced up to G and added up, the last one goes on to O.
         noise: jitter and stragglers; None for none.
     """
-    player = Player(step.topology, noise or Noise())
-    gradients = {key: step.state.get(key, 0) for key in ("main", "gradient")}
-    player.charge("weights", sum(step.state.values()) - sum(gradients.values()))
-    player.charge("gradients", gradients["main"])
-    player.refresh(step.refreshes)
+    player = begin(step.topology, step.refreshes, step.state, noise)
     played = min(micro_batches, MOST_PLAYED)
     marks = []
     for number in range(1, played + 1):
         suffix = f" {number}" if micro_batches > 1 else ""
-        begin = max(player.now)
+        started = max(player.now)
         player.graph(step.forward, "forward", f"forward{suffix}")
         last = number == played
         backward = step.sync if last else step.accumulate
         assert backward is not None
         player.graph(backward, "backward", f"backward{suffix}")
-        marks.append(max(player.now) - begin)
-    player.charge("gradients", gradients["gradient"])
+        marks.append(max(player.now) - started)
+    player.charge("gradients", step.state["gradient"])
     player.operation(
         "AdamW", step.shard * ADAMW_BYTES / step.topology.device.memory_bandwidth, "optimizer", "optimizer"
     )

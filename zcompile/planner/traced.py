@@ -10,12 +10,12 @@ import torch
 
 from zcompile import cost, times
 from zcompile.api import ledger
-from zcompile.debug.paper import world
-from zcompile.debug.step import refreshes
+from zcompile.paper import world
 from zcompile.plan import Plan
 from zcompile.planner.search import Request
-from zcompile.planner.step import Result, Step, play
+from zcompile.planner.step import Played, Result, play
 from zcompile.planner.workload import Workload
+from zcompile.simulator import refreshes
 from zcompile.topology import Topology
 from zcompile.wrap import hierarchical_zero
 
@@ -66,17 +66,15 @@ def simulate(
                 "the traced backward computes nothing: an operation of the model (a loss of torch.nn.functional?) has no derivative on the "
                 "meta device; without --trace the model runs on fake CPU tensors, which have"
             )
-        units = [unit for unit in engine.units if unit.cached and any(slot.master.requires_grad for slot in unit.slots)]
-        several = request.micro_batches > 1
-        copies = {slot.name: int(unit.cached) for unit in engine.units for slot in unit.slots}
-        step = Step(
+        several, trained = request.micro_batches > 1, engine.trained
+        step = Played(
             topology,
             forwards[0].graph,
             backwards[0].graph if several else None,
             backwards[-1].graph,
-            refreshes([spec for unit in units for spec in unit.specs]),
-            cost.state_bytes([slot.spec for slot in engine.slots], copies, several),
-            sum(unit.master.numel() for unit in units),
+            refreshes(spec for unit in engine.units for spec in unit.specs if spec.name in trained),
+            cost.step_state((slot.spec for slot in engine.slots), trained, several),
+            sum(slot.spec.layout.shard for slot in engine.slots if slot.name in trained),
         )
         result = play(step, request.micro_batches, request.noise)
         nodes = sum(len(gm.graph.nodes) for _, gm in graphs)

@@ -214,7 +214,7 @@ zc.graph = {
     const hop = (number) => {
       const each = zc.step.hops[number];
       if (each.phase === this.stage) { row(each.launch); row(each.wait); for (const user of this.data.rows.users[each.launch] ?? []) row(user); }
-      if (each.phase === "refresh" && this.stage === "forward") row(each.wait);
+      if (each.phase === "refresh" && this.stage === each.waiting) row(each.wait);
     };
     if (selection.phase === this.stage && selection.row !== undefined) row(selection.row);
     if (selection.hop !== undefined) hop(selection.hop);
@@ -240,7 +240,7 @@ zc.graph = {
 
   // Unfold what holds a selection, and show it.
   async reveal(selection) {
-    const phase = selection.phase ?? (selection.hop !== undefined ? zc.step.hops[selection.hop].phase : undefined);
+    const phase = selection.phase ?? (selection.hop !== undefined ? zc.step.hops[selection.hop].waiting : undefined);
     if (phase && phase !== this.stage && zc.stages.includes(phase)) await this.open(phase);
     const { modules } = this.data, open = this.unfolded[this.stage];
     let module = -1;

@@ -14,7 +14,7 @@ Object.assign(zc, {
     this.hopOfRow = new Map(); this.hopsOfUser = new Map();
     this.step.hops.forEach((hop, i) => {
       if (hop.launch >= 0) this.hopOfRow.set(`${hop.phase} ${hop.launch}`, i);
-      if (hop.wait >= 0) this.hopOfRow.set(`${hop.phase === "refresh" ? "forward" : hop.phase} ${hop.wait}`, i);
+      if (hop.wait >= 0) this.hopOfRow.set(`${hop.waiting} ${hop.wait}`, i);
     });
     document.getElementById("plan").textContent = this.step.plan[0];
     this.cards();
@@ -44,7 +44,7 @@ Object.assign(zc, {
     });
     const heads = ["bytes received", ...Object.keys(step.levels[0]?.bytes ?? {}), "links busy", "waited for"].map((text) => this.make("th", text));
     document.getElementById("cards").replaceChildren(
-      card("step, expected", this.seconds(step.seconds), `by the data of: ${step.device}`), card("computing", this.seconds(step.computing), "of it"),
+      card(step.runs > 1 ? `${step.runs} runs, expected` : "step, expected", this.seconds(step.seconds), `by the data of: ${step.device}`), card("computing", this.seconds(step.computing), "of it"),
       card("waiting for transfers", this.seconds(step.exposed), `${share.toFixed(0)} % of the step`),
       card("memory at its peak", this.bytes(step.memory.peak), `${this.seconds(step.memory.at)} into the step`),
       this.make("div", "", "card", [this.make("table", "", "", [this.make("tr", "", "", heads), ...rows])]));
@@ -52,10 +52,11 @@ Object.assign(zc, {
     place.hidden = !measured;
     if (measured) {
       this.choice(document.getElementById("modes"), ["expected", "measured"], this.timeline.mode, (mode) => this.timeline.turn(mode));
-      const part = Math.round(100 * measured.share), note = document.getElementById("matched");
-      note.textContent = `the last step in the trace took ${this.seconds(measured.seconds)}; ${part} % of the graphs' time was matched to nodes` +
-        (part < 50 ? ": too little to take the measured lanes for this program's" : "");
-      note.className = part < 50 ? "loud" : "hint";
+      const note = document.getElementById("matched");
+      note.textContent = `the last step in the trace took ${this.seconds(measured.seconds)}; ${measured.matched_hops} of ${measured.hops} launches and waits and ${measured.matched_operations} of ` +
+        `${measured.operations} operations were matched to nodes, ${Math.round(100 * measured.share)} % of the graphs' time` +
+        (measured.little ? ": too little to take the measured lanes for this program's" : "");
+      note.className = measured.little ? "loud" : "hint";
     }
     const kinds = [...new Set(this.timeline.spans.kind)];
     document.getElementById("legend").replaceChildren(...[...kinds, ...this.timeline.OWNERS].map((kind, i) =>

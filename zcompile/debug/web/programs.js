@@ -79,7 +79,7 @@ zc.programs = {
     const hop = (number) => {
       const each = zc.step.hops[number];
       if (each.phase === this.stage) { add(each.launch); add(each.wait); }
-      if (each.phase === "refresh" && this.stage === "forward") add(each.wait);
+      if (each.phase === "refresh" && this.stage === each.waiting) add(each.wait);
     };
     if (selection.phase === this.stage && selection.row !== undefined) add(selection.row);
     if (selection.hop !== undefined) hop(selection.hop);
@@ -95,7 +95,7 @@ zc.programs = {
   },
 
   async reveal(selection) {
-    const phase = selection.phase ?? (selection.hop !== undefined ? zc.step.hops[selection.hop].phase : undefined);
+    const phase = selection.phase ?? (selection.hop !== undefined ? zc.step.hops[selection.hop].waiting : undefined);
     if (phase && phase !== this.stage && zc.stages.includes(phase)) await this.open(phase);
     this.light(selection);
     document.querySelector("#program .lit")?.scrollIntoView({ block: "center" });

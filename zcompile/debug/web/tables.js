@@ -51,7 +51,7 @@ zc.detail = {
     const users = (rows && hop.launch >= 0 ? rows.users[hop.launch] : []).map((row) => [rows.name[row], { phase: hop.phase, row }]);
     const ends = [];
     if (hop.launch >= 0) ends.push([`launch: line ${hop.launch} of ${hop.phase}`, { phase: hop.phase, row: hop.launch, hop: number }]);
-    if (hop.wait >= 0) ends.push([`wait: line ${hop.wait} of ${hop.phase === "refresh" ? "forward" : hop.phase}`, { phase: hop.phase === "refresh" ? "forward" : hop.phase, row: hop.wait }]);
+    if (hop.wait >= 0) ends.push([`wait: line ${hop.wait} of ${hop.waiting}`, { phase: hop.waiting, row: hop.wait }]);
     this.put(`${hop.transfer} over ${hop.level}`, hop.phase, this.facts([
       ["bytes", zc.bytes(hop.bytes)], ["format", hop.wire], ["on the links", zc.seconds(hop.end - hop.begin)], ["launched at", zc.seconds(hop.launched)],
       ["arrives at", zc.seconds(hop.end)], ["waited for", hop.exposed ? zc.seconds(hop.exposed) : "no: hidden"], ["name", hop.name],

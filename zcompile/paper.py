@@ -121,6 +121,7 @@ def script(path: Path, arguments: Sequence[str], topology: Topology, rank: int, 
     }  # fmt: skip
     with world(topology, rank), wrap.replacing({**settings, "topology": topology}), contextlib.ExitStack() as stack:
         before = {name: os.environ.get(name) for name in environment}
+        stack.callback(os.chdir, os.getcwd())
         stack.callback(_restore_environment, before)
         os.environ.update(environment)
         for place, name, value in (
