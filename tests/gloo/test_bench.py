@@ -12,6 +12,8 @@ import pytest
 
 from zcompile.bench import network, report, systems
 from zcompile.bench.command import machine_rates, refusal
+from zcompile.bench.rank import exposed
+from zcompile.overlap import WAIT, from_events
 from zcompile.topology import Topology
 
 OWN = '''
@@ -135,6 +137,19 @@ def test_the_short_names_are_plans() -> None:
 def test_rates_are_a_ranks_share_of_a_link() -> None:
     found = machine_rates(Topology.parse("2x2x2"), (400.0, 0.0))
     assert found["node"] == pytest.approx(400e6 / 8 / 2) and "cluster" not in found and found["flops"] > 0
+
+
+def test_waits_that_left_no_trace_are_unknown_and_not_zero() -> None:
+    nccl = from_events([("zc launch pair gather 0", 1, 0.0, 0.1), (WAIT, 1, 1.0, 2.0)])
+    found = exposed(nccl, ["pair", "node"])
+    assert found == {"pair": None, "node": None, "refresh": None}
+    run = {
+        "system": "zc-delta", "seconds": 1.0, "cpu_seconds": 1.0, "peak_bytes": 1, "bytes": {}, "exposed": found, "losses": [1.0],
+        "setup_seconds": 1.0,
+    }  # fmt: skip
+    rows = report.summarise({"order": ["zc-delta"], "runs": [run, run], "tokens_per_step": 1})["systems"]
+    assert rows["zc-delta"]["exposed"] == found and report.waiting(found).startswith("waits: unknown")
+    assert report.waiting({"pair": 0.25, "refresh": 0.0}).startswith("waits for pair 0.250 s, refresh 0.000 s")
 
 
 def row(seconds: float, low: float, high: float, runs: int = 2) -> dict[str, Any]:

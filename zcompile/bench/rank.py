@@ -28,7 +28,7 @@ from zcompile.bench import systems
 from zcompile.bench.network import read_counters
 from zcompile.launcher import init_from_launcher
 from zcompile.machines import Device
-from zcompile.overlap import measured
+from zcompile.overlap import Overlap, measured
 from zcompile.shapes import SHAPES, Decoder, Shape
 from zcompile.times import EFFICIENCY
 from zcompile.topology import Topology
@@ -149,12 +149,18 @@ def measure(task: Task) -> dict[str, Any]:
     }
 
 
-def _exposed(trainer: systems.Trainer, tokens: Tensor, levels: Sequence[str]) -> dict[str, float]:
-    """Seconds that this rank waits for each level's hops, and for refreshes, in one more step, under torch's profiler."""
+def _exposed(trainer: systems.Trainer, tokens: Tensor, levels: Sequence[str]) -> dict[str, float | None]:
+    """Seconds that this rank waits for each level's hops, and for refreshes, in one more step, under torch's profiler. None: not known,
+    as with NCCL, where the host waits for nothing."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         trainer.step(tokens)
         trainer.finish()
-    found = measured(profile)
+    return exposed(measured(profile), levels)
+
+
+def exposed(found: Overlap, levels: Sequence[str]) -> dict[str, float | None]:
+    if not found.known:
+        return dict.fromkeys((*levels, "refresh"))
     return {**{level: found.level(level).exposed for level in levels}, "refresh": found.refresh_exposed}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
     result["systems"]: label -> {"seconds": mean, "spread": [lowest, highest repetition], "ratio": of the fastest system's seconds,
     "tokens_per_second", "cpu_seconds" (all ranks, a step), "peak_bytes" (of the rank with the most), "bytes" (level -> a step, at the
     interfaces), "loss" (after the last step), "exposed" (of zcompile's: level or "refresh" -> seconds of rank 0
-    in waits, in a step under the profiler), "setup_seconds", "runs", "error" (of a system that did not run)}; result["fastest"].
+    in waits, in a step under the profiler; None: not known), "setup_seconds", "runs", "error" (of a system that did not run)}; result["fastest"].
     """
     rows: dict[str, Any] = {}
     for name in result["order"]:
@@ -37,7 +37,7 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
             "cpu_seconds": statistics.fmean(run["cpu_seconds"] for run in runs),
             "peak_bytes": max(run["peak_bytes"] for run in runs),
             "bytes": {level: statistics.fmean(run["bytes"][level] for run in runs) for level in runs[0]["bytes"]},
-            "exposed": {level: statistics.fmean(run["exposed"][level] for run in runs) for level in runs[0]["exposed"]},
+            "exposed": {level: _mean(run["exposed"][level] for run in runs) for level in runs[0]["exposed"]},
             "loss": runs[-1]["losses"][-1],
             "setup_seconds": statistics.fmean(run["setup_seconds"] for run in runs),
             "runs": len(runs),
@@ -50,6 +50,13 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
     result["systems"] = rows
     result["fastest"] = min(timed, key=lambda name: timed[name]) if timed else None
     return result
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """None if one is not known."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return statistics.fmean(known) if len(known) == len(found) else None
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -100,11 +107,16 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             console.print(f"{name}: {row['error']}", style="red", markup=False)
     for name, row in result["systems"].items():
         if row.get("exposed"):
-            waits = ", ".join(f"{level} {seconds:.3f} s" for level, seconds in row["exposed"].items())
-            console.print(
-                f"{name} waits for {waits} (rank 0, a step under torch's profiler)", markup=False, highlight=False
-            )
+            console.print(f"{name} {waiting(row['exposed'])}", markup=False, highlight=False)
     console.print(verdict(result), markup=False)
+
+
+def waiting(exposed: Mapping[str, float | None]) -> str:
+    """A row's "exposed" in words."""
+    if None in exposed.values():
+        return "waits: unknown, as this backend's works leave no trace on the host"
+    waits = ", ".join(f"{level} {seconds:.3f} s" for level, seconds in exposed.items())
+    return f"waits for {waits} (rank 0, a step under torch's profiler)"
 
 
 def _title(result: Mapping[str, Any]) -> str:
