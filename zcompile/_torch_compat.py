@@ -276,13 +276,22 @@ class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", object)):  # t
 
     2.13: scheduler.py, which does the same for launches alone in `decide_global_ordering_of_comms`. A torch without `CustomSchedulerPass`
     runs it too, but then caches no code.
+
+    Args:
+        beside: custom ops that keep their place among the launches and waits too.
     """
+
+    def __init__(self, *beside: Any) -> None:
+        self.beside = beside
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
         from torch._inductor.dependencies import WeakDep
         from torch._inductor.utils import is_collective, is_wait
 
-        chain = [node for node in nodes if is_collective(node.node) or is_wait(node.node)]
+        def kept(node: Any) -> bool:
+            return is_collective(node) or is_wait(node) or getattr(node, "op_overload", None) in self.beside
+
+        chain = [node for node in nodes if kept(node.node)]
         for before, after in itertools.pairwise(chain):
             earlier, later = next(iter(before.get_buffer_names())), next(iter(after.get_buffer_names()))
             after.add_fake_dep(WeakDep(earlier, mutating_buf=later, is_fake=True))
@@ -291,7 +300,7 @@ class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", object)):  # t
         return nodes
 
     def uuid(self) -> Any:
-        return "zcompile: launches and waits in order"
+        return f"zcompile: launches and waits in order, and {', '.join(map(str, self.beside))}"
 
 
 def profiling() -> bool:
