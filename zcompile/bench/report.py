@@ -18,8 +18,8 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
 
     result["systems"]: label -> {"seconds": mean, "spread": [lowest, highest repetition], "ratio": of the fastest system's seconds,
     "tokens_per_second", "cpu_seconds" (all ranks, a step), "peak_bytes" (of the rank with the most), "bytes" (level -> a step, at the
-    interfaces), "loss" (after the last step), "exposed" (of zcompile's: level or "refresh" -> seconds of rank 0
-    in waits, in a step under the profiler; None: not known), "setup_seconds", "runs", "error" (of a system that did not run)}; result["fastest"].
+    interfaces), "loss" (after the last step), "exposed" (of zcompile's: level or "refresh" -> seconds of rank 0 in waits, in a step under
+    the profiler; None: not known), "setup_seconds", "runs", "error" (of a system that did not run)}; result["fastest"].
     """
     rows: dict[str, Any] = {}
     for name in result["order"]:
