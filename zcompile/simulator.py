@@ -33,7 +33,7 @@ from zcompile.passes.nodes import (
     collective_of,
 )
 from zcompile.timeline import COMPUTE, Hop, Memory, Span, Timeline
-from zcompile.times import Lanes, node_flops, node_seconds
+from zcompile.times import Lanes, hint, node_flops, node_seconds
 from zcompile.topology import Topology
 
 _TINY = 1e-12
@@ -383,7 +383,7 @@ class _Liveness:
             owner = _owner(node)
             if owner:
                 self.owner[key] = owner
-                self.size[key] = value.untyped_storage().nbytes()
+                self.size[key] = hint(value.untyped_storage().nbytes())
 
     def inputs(self) -> Iterable[tuple[str, int]]:
         """What is there when the graph begins."""
