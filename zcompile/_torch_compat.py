@@ -117,6 +117,11 @@ def clone_store(store: Store) -> Store:
     return cast(Store, cast(Any, store).clone())
 
 
+def group_by_name(name: str) -> dist.ProcessGroup:
+    """The process group that functional collectives know by that name (read from torch 2.13)."""
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def default_group() -> dist.ProcessGroup:
     """The default process group (read from torch 2.13); ValueError of torch if it is not initialised."""
     return distributed_c10d._get_default_group()
