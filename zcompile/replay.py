@@ -39,8 +39,11 @@ MODE = {"graph": "overlap", "code": "overlapped code", "eager": "eager"}
 QUANTISED = {
     "zero_topo, int8/int4": Plan.preset("zero_topo", gather="int8/32", reduce="int4/32"),
     "zero_topo, int4-delta": Plan.preset("zero_topo", gather="int8/32", reduce="int4/32", refresh="int4-delta/32"),
+    "zero_topo, int4-delta, peers": Plan.preset(
+        "zero_topo", gather="int8/32", reduce="int4/32", refresh="int4-delta/32", peer_gather=True
+    ),
 }
-"""Replayed beside zero_topo."""
+"""Replayed beside zero_topo. Copies that others read in memory are not filled with NaN; those of a step before would be seen."""
 
 
 class Net(nn.Module):

@@ -85,7 +85,9 @@ def passes_early(rank: int, plan: str, transfer: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("plan", ["zero_topo", "zero_topo, int4-delta"])
+@pytest.mark.parametrize(
+    "plan", ["zero_topo", "zero_topo, int4-delta", pytest.param("zero_topo, int4-delta, peers", marks=pytest.mark.slow)]
+)
 def test_f4_replays_with_late_launches_and_waits_have_the_same_bits(ranks: Ranks, plan: str) -> None:
     for found in ranks(4).run(replayed, plan, 2, 0, timeout=200.0):
         assert found["differences"] == [] and found["sleeps"] > 0
