@@ -1,8 +1,9 @@
-"""pin: the order of the collectives in the graph is the order in the generated code.
+"""pin: the order of the collectives in the graph, and of the gathers that read other ranks' memory, is the order in the generated code.
 
 Requires: a lowered graph.
 Guarantees: `PATCHES` (the code generator moves no launch or wait past another for memory, overlap or a fusion, and makes no buckets of
-its own) and, after code generation, `check_code`: the launches and waits stand in the source in the graph's order, or the compile fails.
+its own) and, after code generation, `check_code`: launches, waits and peer gathers stand in the source in the graph's order, or the
+compile fails. A peer gather waits for nobody and needs no launch, but where it stands is how long its weights are in memory.
 Leaves alone: the order itself; it is that of the graph.
 """
 
@@ -15,11 +16,11 @@ from torch.fx import GraphModule
 
 from zcompile._torch_compat import KeepOrder
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import ALL_GATHER, ALL_TO_ALL, COLLECTIVES, WAIT, find
+from zcompile.passes.nodes import ALL_GATHER, ALL_TO_ALL, PEER_GATHER, TRAFFIC, WAIT, find
 
 NAME = "pin"
 PATCHES: dict[str, Any] = {
-    "_pre_fusion_custom_pass": KeepOrder(),
+    "_pre_fusion_custom_pass": KeepOrder(PEER_GATHER),
     "reorder_for_peak_memory": False,
     "reorder_for_locality": False,
     "reorder_for_compute_comm_overlap": False,
@@ -28,10 +29,13 @@ PATCHES: dict[str, Any] = {
     "bucket_all_reduces_fx": "none",
 }
 _CALL = re.compile(
-    r"_c10d_functional\.(all_gather_into_tensor|all_to_all_single|wait_tensor)(?:_out)?\.(?:default|out)\((.*)"
+    r"(?:_c10d_functional\.(?=all_|wait)|zcompile_kernels\.(?=peer))"
+    r"(all_gather_into_tensor|all_to_all_single|wait_tensor|peer_gather)(?:_out)?\.(?:default|out)\((.*)"
 )
 _ROLE = re.compile(r"'(zc\.[^']+)'")
-_SHORT: dict[Any, str] = {ALL_GATHER: "all_gather_into_tensor", ALL_TO_ALL: "all_to_all_single", WAIT: "wait_tensor"}
+_SHORT: dict[Any, str] = {
+    ALL_GATHER: "all_gather_into_tensor", ALL_TO_ALL: "all_to_all_single", WAIT: "wait_tensor", PEER_GATHER: "peer_gather"
+}  # fmt: skip
 
 
 def run(gm: GraphModule, context: Context) -> None:
@@ -43,9 +47,9 @@ def check(gm: GraphModule, context: Context) -> None:
 
 
 def order(gm: GraphModule) -> list[str]:
-    """Launches (op and role) and waits, in graph order."""
+    """Launches and peer gathers (op and role) and waits, in graph order."""
     found = []
-    for node in find(gm.graph, *COLLECTIVES, WAIT):
+    for node in find(gm.graph, *TRAFFIC, WAIT):
         role = next((arg for arg in node.args if isinstance(arg, str)), "")
         found.append(f"{_SHORT[node.target]} {role}".strip())
     return found

@@ -117,6 +117,11 @@ def clone_store(store: Store) -> Store:
     return cast(Store, cast(Any, store).clone())
 
 
+def group_by_name(name: str) -> dist.ProcessGroup:
+    """The process group that functional collectives know by that name (read from torch 2.13)."""
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def default_group() -> dist.ProcessGroup:
     """The default process group (read from torch 2.13); ValueError of torch if it is not initialised."""
     return distributed_c10d._get_default_group()
@@ -276,13 +281,22 @@ class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", object)):  # t
 
     2.13: scheduler.py, which does the same for launches alone in `decide_global_ordering_of_comms`. A torch without `CustomSchedulerPass`
     runs it too, but then caches no code.
+
+    Args:
+        beside: custom ops that keep their place among the launches and waits too.
     """
+
+    def __init__(self, *beside: Any) -> None:
+        self.beside = beside
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
         from torch._inductor.dependencies import WeakDep
         from torch._inductor.utils import is_collective, is_wait
 
-        chain = [node for node in nodes if is_collective(node.node) or is_wait(node.node)]
+        def kept(node: Any) -> bool:
+            return is_collective(node) or is_wait(node) or getattr(node, "op_overload", None) in self.beside
+
+        chain = [node for node in nodes if kept(node.node)]
         for before, after in itertools.pairwise(chain):
             earlier, later = next(iter(before.get_buffer_names())), next(iter(after.get_buffer_names()))
             after.add_fake_dep(WeakDep(earlier, mutating_buf=later, is_fake=True))
@@ -291,7 +305,7 @@ class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", object)):  # t
         return nodes
 
     def uuid(self) -> Any:
-        return "zcompile: launches and waits in order"
+        return f"zcompile: launches and waits in order, and {', '.join(map(str, self.beside))}"
 
 
 def profiling() -> bool:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -87,6 +87,16 @@ class Tally:
             return Counters(dict(self._rows))
 
 
+class Disturb(Protocol):
+    """What happens before hops, in the search for who does not wait for them."""
+
+    def launch(self, level: str, output: Any) -> None:
+        """Before a hop over `level` is launched that will write `output`."""
+
+    def wait(self, level: str) -> None:
+        """Before a hop is waited for."""
+
+
 class CountingGroup(dist.ProcessGroup):
     """A process group that counts each collective in a `Tally` and delegates it to `inner`.
 
@@ -122,6 +132,8 @@ class CountingGroup(dist.ProcessGroup):
         """Global ranks of the members."""
         self.checksums = False
         """Whether what arrives is compared with what was sent: see zcompile.faults.checksums."""
+        self.disturb: Disturb | None = None
+        """What a replay does to hops: see zcompile.replay."""
         self._set_group_name(name)  # type: ignore[arg-type]
 
     def getBackendName(self) -> str:
@@ -215,6 +227,8 @@ _COLLECTIVES: dict[str, tuple[Received, tuple[str, ...]]] = {
 def _counted(op: str, method: str, received: Received) -> Callable[..., Any]:
     def collective(self: CountingGroup, *args: Any, **keywords: Any) -> Any:
         label = f"{self.level} {self.transfer} {next(_NUMBERS)}" if compat.profiling() else ""
+        if self.disturb is not None:
+            self.disturb.launch(self.level, args[0])
 
         def launch() -> Any:
             with record_function(f"zc launch {label}") if label else contextlib.nullcontext():

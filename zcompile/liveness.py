@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 
 from zcompile.passes.nodes import ALL_GATHER, PEER_GATHER, QUANTIZE, REQUANTIZE, TRAFFIC, TRANSFER, WAIT, WIRE
+from zcompile.times import hint
 
 
 class Liveness:
@@ -56,7 +57,7 @@ class Liveness:
             owner = _owner(node)
             if owner:
                 self.owner[key] = owner
-                self.size[key] = value.untyped_storage().nbytes()
+                self.size[key] = hint(value.untyped_storage().nbytes())
 
     def inputs(self) -> Iterable[tuple[str, int]]:
         """What is there when the graph begins."""

@@ -56,6 +56,12 @@ class RanksFailed(AssertionError):
             "\n".join(f"--- rank {rank}: {f.type}: {f.message}\n{f.trace}" for rank, f in sorted(failures.items()))
         )
 
+    @property
+    def cause(self) -> tuple[int, Failure]:
+        """(rank, failure) that the others follow from: a rank that died makes others raise, and those make others late."""
+        order = {"Died": 0, "FaultError": 2, "NoAnswer": 2, "Late": 3}
+        return min(self.failures.items(), key=lambda item: (order.get(item[1].type, 1), item[0]))
+
 
 class Pool:
     """`world` processes, started at the first `run` and again after a run that killed them.

@@ -122,7 +122,14 @@ def empty_images(engine: Engine, index: Metadata) -> dict[str, Any]:
 
 
 def take_images(engine: Engine, filled: dict[str, Any]) -> None:
-    """After the masters were loaded and marked as written. Communicates; every rank calls it."""
+    """After the masters were loaded and marked as written. Communicates; every rank calls it.
+
+    Copies that other ranks read in memory are made here without the barriers of a refresh (zcompile.refresh, Note [Barriers]): so nobody
+    begins before all have ended what reads them, and nobody goes on before all are made.
+    """
+    peers = bool(filled) and any(unit.first.peer_level for unit in _imaged(engine))
+    if peers:
+        _meet(engine, "copies of other ranks were read")
     for found in filled.values():
         standing = found["standing"].to_local().view(-1, 3).tolist()
         for unit, (deltas, foreign, stale) in zip(_imaged(engine), standing, strict=True):
@@ -132,6 +139,15 @@ def take_images(engine: Engine, filled: dict[str, Any]) -> None:
             unit.stepped = unit.version
             if not stale:
                 unit.seen = unit.version
+    if peers:
+        _meet(engine, "copies were made from a checkpoint")
+
+
+def _meet(engine: Engine, step: str) -> None:
+    """What every rank has asked of its memory is done: on a GPU, work that is only enqueued too."""
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+    engine.runtime.agreement.exchange([], step=step)
 
 
 def _imaged(engine: Engine) -> list[Any]:

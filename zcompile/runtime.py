@@ -10,9 +10,10 @@ ranks.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -24,7 +25,7 @@ from zcompile import _torch_compat as compat
 from zcompile.agreement import Agreement, AgreementError
 from zcompile.faults.sites import Site
 from zcompile.faults.watch import Watch
-from zcompile.groups import AGREEMENT, Communicators, Counters, CountingGroup, GroupError, Tally
+from zcompile.groups import AGREEMENT, Communicators, Counters, CountingGroup, Disturb, GroupError, Tally
 from zcompile.launcher import init_from_launcher
 from zcompile.layout import role_name
 from zcompile.topology import Topology
@@ -154,6 +155,17 @@ class Runtime:
         """Whether what arrives is compared with what was sent (zcompile.faults.checksums). All ranks alike."""
         for role in self._roles.values():
             role.checksums = on and self.watch is not None
+
+    @contextlib.contextmanager
+    def disturbed(self, disturb: Disturb) -> Iterator[None]:
+        """Hops that are launched or waited for inside go through `disturb` first, in this process."""
+        for role in self._roles.values():
+            role.disturb = disturb
+        try:
+            yield
+        finally:
+            for role in self._roles.values():
+                role.disturb = None
 
     def role(self, level: int, transfer: str) -> str:
         """Name of the group for `transfer` over level index `level` (1..m). ValueError if either does not exist or the

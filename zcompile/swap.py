@@ -64,7 +64,7 @@ class Swap:
         works += [(other, self.inner.send([sent[other % len(sent)]], other, tag)) for other in others]
         out[self._rank].copy_(parts[self._rank])
         arrived = [] if landing is out else [(out[other], landing[other]) for other in others]
-        return Exchange(works, out, timedelta(seconds=self.timeout), arrived)
+        return Exchange(works, out, sent, timedelta(seconds=self.timeout), arrived)
 
 
 def _tag(stream: int, number: int, size: int) -> int:
@@ -73,7 +73,8 @@ def _tag(stream: int, number: int, size: int) -> int:
 
 
 class Exchange(dist.Work):
-    """One message in flight. Holds its tensors until it is over.
+    """One message in flight. Holds what is sent and where it arrives until it is over: whoever launched it may drop both, and memory that
+    is given back is somebody else's.
 
     Attributes:
         waits_for: the member whose part is waited for: after a wait that failed, the one to blame.
@@ -83,15 +84,21 @@ class Exchange(dist.Work):
         self,
         works: list[tuple[int, Any]],
         result: Tensor,
+        sent: Tensor,
         timeout: timedelta,
         arrived: Sequence[tuple[Tensor, Tensor]] = (),
     ):
-        """`arrived`: (part of the result, where in host memory it comes in) of a result that lies elsewhere."""
+        """
+        Args:
+            sent: what the works send from.
+            arrived: (part of the result, where in host memory it comes in) of a result that lies elsewhere.
+        """
         super().__init__()
         self.waits_for = -1
         self._timeout = timeout
         self._works = works
         self._result = result
+        self._sent: Tensor | None = sent
         self._arrived = arrived
         self._lock = threading.Lock()
 
@@ -103,6 +110,7 @@ class Exchange(dist.Work):
             arrived, self._arrived = self._arrived, []
             for part, host in arrived:
                 part.copy_(host, non_blocking=True)  # the allocator of pinned memory waits for it
+            self._sent = None
         return True
 
     def is_completed(self) -> bool:

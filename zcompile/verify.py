@@ -10,7 +10,8 @@ steps of one run with AdamW and one with SGD,
                 send what one does
     replicas    all ranks that hold the same shard hold the same bits of it, after every step
 
-Presets that resolve to equal plans on a topology are run once and reported under each name.
+Presets that resolve to equal plans on a topology are run once and reported under each name. With `--replay N` steps are replayed with
+hops disturbed instead, and must give the same bits: see zcompile.replay.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from zcompile import trial
+from zcompile import replay, trial
 from zcompile.cli import write_json
 from zcompile.plan import PRESETS, Plan
 from zcompile.ranks import Pool, RanksFailed
@@ -132,9 +133,7 @@ def _run(group: list[Cell], pool: Any, steps: int) -> None:
         if first.mode == "code":
             exact = run("pointwise") if (first.plan, first.topology) in EXACT else []
     except RanksFailed as error:
-        # The cause: a rank that died makes others raise, and those make others late.
-        order = {"Died": 0, "FaultError": 2, "NoAnswer": 2, "Late": 3}
-        rank, failure = min(error.failures.items(), key=lambda item: (order.get(item[1].type, 1), item[0]))
+        rank, failure = error.cause
         for cell in group:
             cell.failures.append(f"rank {rank}: {failure.type}: {failure.message}\n{failure.trace}".rstrip())
         return
@@ -246,6 +245,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--codegen", dest="mode", action="store_const", const="code", default="graph",
                      help="a covering dozen of the cells, through Inductor (without: Dynamo and all passes only)")  # fmt: skip
     how.add_argument("--eager", dest="mode", action="store_const", const="eager", help="without a compiler")
+    parser.add_argument(
+        "--replay", type=int, metavar="N", help="instead: two steps N times from one state, hops delayed, must give the same bits"
+    )  # fmt: skip
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -256,9 +258,18 @@ def command(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         console.print(f"zcompile verify: {error}", style="red", markup=False)
         return 2
-    wanted = cells(arguments.plans, arguments.topologies, arguments.mode)
-    if len(worlds) != 1 or not wanted or arguments.steps < 1:
-        why = "no cell is left" if not wanted else "the topologies must have equally many ranks, and --steps at least 1"
+    replays: int | None = arguments.replay
+    wanted: Sequence[Any] = cells(arguments.plans, arguments.topologies, arguments.mode)
+    if replays is not None:
+        wanted = replay.cells(arguments.plans, arguments.topologies, arguments.mode, replays)
+    why = ""
+    if not wanted:
+        why = "no cell is left"
+    elif len(worlds) != 1 or arguments.steps < 1:
+        why = "the topologies must have equally many ranks, and --steps at least 1"
+    elif replays is not None and replays < 1:
+        why = f"--replay {replays}: must be at least 1"
+    if why:
         console.print(f"zcompile verify: {why}", style="red", markup=False)
         return 2
     begin = time.monotonic()
@@ -268,22 +279,31 @@ def command(arguments: argparse.Namespace) -> int:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("verify", total=len(wanted))
 
-            def done(cell: Cell) -> None:
-                progress.update(task, advance=1, description=f"{cell.plan} on {cell.topology}")
+            def done(cell: Any) -> None:
+                where = f"{cell.plan} on {cell.topology}"
+                progress.update(task, advance=1, description=where)
                 for line in cell.failures:
-                    progress.console.print(
-                        f"{cell.plan} on {cell.topology}, K={cell.micro_batches}: {line}", markup=False
-                    )
+                    k = "" if replays else f", K={cell.micro_batches}"
+                    progress.console.print(f"{where}{k}: {line}", markup=False)
 
-            verify(wanted, pool, steps=arguments.steps, done=done)
+            if replays is not None:
+                replay.run(wanted, pool, done)
+            else:
+                verify(wanted, pool, steps=arguments.steps, done=done)
     finally:
         pool.close()
-    result = report(wanted, arguments.steps, time.monotonic() - begin)
-    console.print(table(wanted))
-    console.print(
-        f"{result['passed']} of {result['cells']} cells pass ({result['runs']} runs of {arguments.steps} steps under each optimizer) "
-        f"in {result['seconds']:.0f} s; largest differences to DDP: loss {_short(result['max_loss_error'])}, "
-        f"parameters {_short(result['max_parameter_error'])}"
-    )
+    seconds = time.monotonic() - begin
+    if replays is not None:
+        result = replay.report(wanted, seconds)
+        console.print(replay.table(wanted))
+        console.print(f"{result['passed']} of {result['cells']} pass in {seconds:.0f} s: {replays} replays each")
+    else:
+        result = report(wanted, arguments.steps, seconds)
+        console.print(table(wanted))
+        console.print(
+            f"{result['passed']} of {result['cells']} cells pass ({result['runs']} runs of {arguments.steps} steps under each optimizer) "
+            f"in {result['seconds']:.0f} s; largest differences to DDP: loss {_short(result['max_loss_error'])}, "
+            f"parameters {_short(result['max_parameter_error'])}"
+        )
     write_json(result, arguments.json)
     return 0 if result["ok"] else 1

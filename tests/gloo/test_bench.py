@@ -6,12 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from zcompile.bench import network, report, systems
 from zcompile.bench.command import machine_rates, refusal
+from zcompile.bench.rank import exposed
+from zcompile.overlap import WAIT, from_events
+from zcompile.shapes import SHAPES, Decoder
 from zcompile.topology import Topology
 
 OWN = '''
@@ -47,6 +52,7 @@ def test_systems_side_by_side_train_the_same(tmp_path: Path) -> None:
     for row in rows.values():
         assert row["loss"] == pytest.approx(rows["own"]["loss"], abs=1e-4) and row["runs"] == 2
         assert row["seconds"] > 0 and row["peak_bytes"] > 0 and row["ratio"] >= 1
+        assert row["bytes"]["node"] > 0 and row["bytes"]["cluster"] > 0 and row["messages"]["node"]["messages"] > 0
     assert found["tokens_per_step"] == 4 * 32 and found["fastest"] in rows and found["fastest"] in done.stdout
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
@@ -107,6 +113,7 @@ def test_a_shaped_network_limits_and_counts() -> None:
         (("--model", "gpt-5"), "model 'gpt-5': valid:"),
         (("--topology", "2xtwo"), "2xtwo"),
         (("--steps", "0"), "--steps 0: must be a number from 1"),
+        (("--loss-tolerance", "-1"), "--loss-tolerance -1.0: must be a number from 0"),
         (("--warmup", "1"), "--warmup 1: must be a number from 2"),
         (("--mbit", "fast"), "must be two numbers, such as 400,100"),
         (("--mbit", "-1,5"), "must not be negative"),
@@ -137,6 +144,20 @@ def test_rates_are_a_ranks_share_of_a_link() -> None:
     assert found["node"] == pytest.approx(400e6 / 8 / 2) and "cluster" not in found and found["flops"] > 0
 
 
+def test_waits_that_left_no_trace_are_unknown_and_not_zero() -> None:
+    nccl = from_events([("zc launch pair gather 0", 1, 0.0, 0.1), (WAIT, 1, 1.0, 2.0)])
+    found = exposed(nccl, ["pair", "node"])
+    assert found == {"pair": None, "node": None, "refresh": None}
+    run = {
+        "system": "zc-delta", "seconds": 1.0, "cpu_seconds": 1.0, "peak_bytes": 1, "bytes": {}, "exposed": found, "losses": [1.0],
+        "setup_seconds": 1.0, "page_faults": 0, "bytes_at": "", "messages": {},
+    }  # fmt: skip
+    rows = report.summarise({"order": ["zc-delta"], "runs": [run, run], "tokens_per_step": 8, "ranks": 4})["systems"]
+    assert (rows["zc-delta"]["tokens_per_second"], rows["zc-delta"]["tokens_per_second_per_rank"]) == (8.0, 2.0)
+    assert rows["zc-delta"]["exposed"] == found and report.waiting(found).startswith("waits: unknown")
+    assert report.waiting({"pair": 0.25, "refresh": 0.0}).startswith("waits for pair 0.250 s, refresh 0.000 s")
+
+
 def row(seconds: float, low: float, high: float, runs: int = 2) -> dict[str, Any]:
     return {"seconds": seconds, "spread": [low, high], "runs": runs}
 
@@ -148,3 +169,66 @@ def test_the_verdict_says_plainly_when_another_one_wins_and_when_it_is_a_draw() 
     assert "take it as a draw" in report.verdict(draw)
     once = {"systems": {"zc-delta": row(1.0, 1.0, 1.0, 1), "hsdp": row(3, 3, 3, 1)}, "fastest": "zc-delta"}
     assert "one run each" in report.verdict(once)
+
+
+def test_whose_losses_differ_is_said_plainly() -> None:
+    rows = {
+        "hsdp": {"loss_difference": 0.001},
+        "ddp": {"loss_difference": 0.0},
+        "zc": {"loss_difference": -0.02},
+        "bad": {"error": "no"},
+    }
+    found: dict[str, Any] = {"systems": rows, "reference": "ddp", "loss_tolerance": 0.005}
+    assert report.losses(found) == "losses after the last step differ from that of ddp by more than 0.5 %: zc (-2.00 %)"
+    rows["zc"]["loss_difference"] = float("nan")
+    assert "zc (not a number)" in report.losses(found)
+    del rows["zc"]
+    assert report.losses(found) == "losses after the last step are within 0.5 % of that of ddp"
+    assert report.losses({**found, "systems": {"ddp": rows["ddp"]}}) == "no losses to compare"
+
+
+def test_ddp_with_a_bf16_wire_is_a_hook_that_torch_takes(ranks: Any) -> None:
+    assert ranks(2).run(_ddp_bf16, timeout=60.0) == [1.5, 1.5]
+
+
+def _ddp_bf16(rank: int) -> float:
+    model = torch.nn.Linear(1, 1, bias=False)
+    setting = systems.Setting(Topology.parse("2"), 1e-3, 1, torch.device("cpu"))
+    trainer = systems.parse("ddp-bf16")(model, setting)
+    trainer.model(torch.tensor([[rank + 1.0]])).sum().backward()
+    (parameter,) = trainer.model.parameters()
+    return float(parameter.grad)
+
+
+def test_deepcompile_is_asked_for_and_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    engine = SimpleNamespace(compile=lambda: asked.update(compiled=True))
+
+    def initialize(config: dict[str, Any], **rest: Any) -> tuple[Any]:
+        asked.update(config)
+        return (engine,)
+
+    model = Decoder(SHAPES["tiny"])
+    gpu, cpu = (systems.Setting(Topology.parse("2"), 1e-3, 1, torch.device(kind)) for kind in ("cuda", "cpu"))
+    make = systems.parse("deepspeed-deepcompile")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(RuntimeError, match="DeepSpeed is not installed here"):
+        make(model, gpu)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(initialize=initialize))
+    monkeypatch.setitem(sys.modules, "deepspeed.compile.util", None)
+    with pytest.raises(RuntimeError, match="this DeepSpeed has no DeepCompile"):
+        make(model, gpu)
+    supported = SimpleNamespace(is_deepcompile_supported=lambda: False)
+    monkeypatch.setitem(sys.modules, "deepspeed.compile.util", supported)
+    monkeypatch.setitem(sys.modules, "deepspeed.compile", SimpleNamespace(util=supported))
+    with pytest.raises(RuntimeError, match="needs CUDA; this rank trains on cpu"):
+        make(model, cpu)
+    with pytest.raises(RuntimeError, match=f"does not support torch {torch.__version__.split('+')[0]}"):
+        make(model, gpu)
+    assert not asked
+    supported.is_deepcompile_supported = lambda: True
+    make(model, gpu)
+    assert asked["compile"] == {"deepcompile": True} and asked["compiled"] and asked["zero_optimization"]["stage"] == 3
+    asked.clear()
+    systems.parse("deepspeed-zero3")(model, gpu)
+    assert "compile" not in asked and "compiled" not in asked

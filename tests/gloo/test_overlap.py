@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -13,8 +12,10 @@ import pytest
 import torch
 from support.spawn import Pool
 
-from zcompile import Plan, hierarchical_zero, trial
-from zcompile.groups import CountingGroup
+from zcompile import Plan, hierarchical_zero, replay, trial
+from zcompile.faults.flight import Flight
+from zcompile.runtime import Runtime
+from zcompile.topology import Topology
 
 Ranks = Callable[[int], Pool]
 PLANS = {
@@ -49,35 +50,73 @@ def test_three_levels_through_inductor(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("level", ["cluster", pytest.param("node", marks=pytest.mark.slow)])
 def test_f4_delays_in_a_level_change_no_bit(ranks: Ranks, level: str) -> None:
-    """Each rank launches that level's hops up to 20 ms late, each at times of its own: who reads before it waited reads garbage."""
+    """Each rank launches and awaits that level's hops up to 20 ms late, each at times of its own: who reads before it waited reads NaN."""
     for outcomes in ranks(4).run(delayed, level, timeout=200.0):
         for outcome in outcomes:
             right(outcome)
 
 
 def delayed(rank: int, level: str) -> list[trial.Outcome]:
-    with late_launches(level, random.Random(rank)):
-        return trial.run(rank, "awkward", "2x2", PLANS["zero_topo"], "overlap", (1, 2), 2)
+    sleeps = replay.Sleeps(random.Random(rank), [level], 0.02)
+    with Runtime.get(Topology.parse("2x2")).disturbed(sleeps):
+        found = trial.run(rank, "awkward", "2x2", PLANS["zero_topo"], "overlap", (1, 2), 2)
+    assert sleeps.number
+    return found
 
 
-@contextlib.contextmanager
-def late_launches(level: str, chance: random.Random) -> Iterator[None]:
-    def late(name: str) -> Any:
-        launch = getattr(CountingGroup, name)
+def replayed(rank: int, plan: str, times: int, seed: int, mode: str = "overlap") -> dict[str, Any]:
+    return replay.replay(rank, "2x2", replay.plan_of(plan), mode, times, seed)
 
-        def launched(self: CountingGroup, *args: Any, **keywords: Any) -> Any:
-            if self.level == level:
-                time.sleep(chance.uniform(0, 0.02))
-            return launch(self, *args, **keywords)
 
-        return mock.patch.object(CountingGroup, name, launched)
+def passes_early(rank: int, plan: str, transfer: str) -> list[str]:
+    """The mutant: waits for that transfer's hops do not wait. What they were to bring comes later, so that nothing is left undone."""
+    wait, left = Flight.wait, []
 
-    names = ("all_gather_single", "_allgather_base", "all_to_all_single", "alltoall_base")
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            if hasattr(CountingGroup, name):
-                stack.enter_context(late(name))
-        yield
+    def early(self: Flight, timeout: Any = None) -> bool:
+        if self._group.transfer != transfer or self._group.disturb is None:
+            return wait(self, timeout)
+        left.append(self)
+        return True
+
+    with mock.patch.object(Flight, "wait", early):
+        found: list[str] = replay.replay(rank, "2x2", replay.plan_of(plan), "overlap", 1)["differences"]
+    for flight in left:
+        wait(flight)
+    return found
+
+
+@pytest.mark.parametrize(
+    "plan", ["zero_topo", "zero_topo, int4-delta", pytest.param("zero_topo, int4-delta, peers", marks=pytest.mark.slow)]
+)
+def test_f4_replays_with_late_launches_and_waits_have_the_same_bits(ranks: Ranks, plan: str) -> None:
+    for found in ranks(4).run(replayed, plan, 2, 0, timeout=200.0):
+        assert found["differences"] == [] and found["sleeps"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["overlap", "overlapped code", "eager"])
+def test_f4_many_replays_over_seeds(ranks: Ranks, mode: str) -> None:
+    for seed in range(3):
+        for found in ranks(4).run(replayed, "zero_topo, int4-delta", 10, seed, mode, timeout=400.0):
+            assert found["differences"] == [] and found["sleeps"] > 0
+
+
+@pytest.mark.parametrize("transfer", ["gather", "reduce"])
+def test_f4_a_wait_that_does_not_wait_is_seen(ranks: Ranks, transfer: str) -> None:
+    for differences in ranks(4).run(passes_early, "zero_topo", transfer, timeout=200.0):
+        assert differences
+
+
+def hooks_left(rank: int) -> int:
+    runtime = Runtime.get(Topology.parse("2x2"))
+    with contextlib.suppress(KeyError), runtime.disturbed(replay.Sleeps(random.Random(0), ["node"])):
+        assert all(role.disturb is not None for role in runtime._roles.values())
+        raise KeyError
+    return sum(role.disturb is not None for role in runtime._roles.values())
+
+
+def test_a_replay_leaves_nothing_behind(ranks: Ranks) -> None:
+    assert ranks(4).run(hooks_left, timeout=60.0) == [0] * 4
 
 
 @pytest.mark.parametrize("wire", ["int4-delta refresh", pytest.param("paper", marks=pytest.mark.slow)])

@@ -20,6 +20,7 @@ from torch import nn
 from zcompile import Plan, full_state_dict, hierarchical_zero, peers, refresh, transfers
 from zcompile.kernels import ops as kernels
 from zcompile.kernels import peers as memory
+from zcompile.passes import pin
 
 Ranks = Callable[[int], Pool]
 FORMATS: dict[str, dict[str, Any]] = {
@@ -43,12 +44,12 @@ class Awkward(nn.Module):
 
 
 def train(
-    rank: int, formats: str, peer: bool, steps: int = 3, overlap: int = 0, compiled: bool = True
+    rank: int, formats: str, peer: bool, steps: int = 3, overlap: int = 0, compiled: bool = True, codegen: bool = False
 ) -> dict[str, Any]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     plan = Plan.preset("zero_topo", peer_gather=peer, **FORMATS[formats])
-    options: dict[str, Any] = {"codegen": False, "overlap": overlap, "compile": compiled}
+    options: dict[str, Any] = {"codegen": codegen, "overlap": overlap, "compile": compiled}
     model: Any = hierarchical_zero(Awkward(), topology="2x2", plan=plan, compute_dtype=torch.bfloat16, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -89,6 +90,31 @@ def test_eager_and_overlapped_runs_too(ranks: Ranks) -> None:
     for overlap, compiled in ((2, True), (0, False)):
         for a, b in zip(first, pool.run(train, "int8", True, 3, overlap, compiled, timeout=120.0), strict=True):
             assert a["losses"] == b["losses"]
+
+
+def through_inductor(rank: int, peer: bool) -> dict[str, Any]:
+    """`train`, and for each graph: peer gathers among the launches and waits that its generated code must have in order."""
+    checked: list[list[str]] = []
+    check = pin.check_code
+
+    def seen(source: str, expected: list[str]) -> None:
+        check(source, expected)
+        checked.append(expected)
+
+    with mock.patch.object(pin, "check_code", seen):
+        found = train(rank, "int8, delta", peer, 3, 2, codegen=True)
+    return {**found, "peer gathers": [sum("peer_gather" in line for line in order) for order in checked]}
+
+
+@pytest.mark.slow
+def test_bits_and_order_through_inductor(ranks: Ranks) -> None:
+    """What `zcompile bench` measures: generated code, a delta refresh, buckets under way."""
+    pool = ranks(4)
+    plain, read = (pool.run(through_inductor, peer, timeout=300.0) for peer in (False, True))
+    for a, b in zip(plain, read, strict=True):
+        assert a["losses"] == b["losses"]
+        assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
+        assert not any(a["peer gathers"]) and any(b["peer gathers"])
 
 
 def slow_writer(rank: int, barrier: bool) -> list[float]:

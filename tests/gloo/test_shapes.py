@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.training import MODES, graphs, received, replicas, same, square, tokens, train, twins
+from support.training import MODES, both, graphs, mlp, received, replicas, same, sgd, square, step, tokens, train, twins
 from torch import Tensor, nn
 
 PLANS = ("ddp", "zero1", "zero2", "zero3", "hsdp", "zeropp", "zero_topo")
@@ -148,3 +148,23 @@ def _resume(rank: int, world: int) -> None:
 
 def test_f18_resume(ranks: Any) -> None:
     ranks(4).run(_resume, 4)
+
+
+SEEN = (3, 4, 5, 6, 7, 9)
+
+
+def _batches(rank: int, dynamic: bool | None) -> list[str]:
+    model, dense = twins(mlp, "graph", dynamic=dynamic)
+    optimizers = sgd(model, dense)
+    for number, size in enumerate(SEEN):
+        both(model, dense, square(size, 7), number)
+        step(optimizers)
+    return graphs(model)
+
+
+def test_requirement_29_many_batch_sizes_compile_twice(ranks: Any) -> None:
+    """Once for the first size, once for any size; dynamic=False compiles for each."""
+    for found in ranks(2).run(_batches, None, timeout=120):
+        assert sorted(found) == ["backward", "backward", "forward", "forward"]
+    for found in ranks(2).run(_batches, False, timeout=120):
+        assert sorted(found) == len(SEEN) * ["backward"] + len(SEEN) * ["forward"]

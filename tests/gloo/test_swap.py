@@ -47,6 +47,37 @@ def test_results_are_those_of_gloo(ranks: Ranks, world: int) -> None:
     assert ranks(world).run(beside_gloo) == [[]] * world
 
 
+class Paper:
+    """A process group that writes down what it is asked."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size, self.asked = rank, size, list[tuple[str, int, int]]()
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+    def recv(self, tensors: list[torch.Tensor], other: int, tag: int) -> Any:
+        self.asked.append(("recv", other, tag))
+
+    def send(self, tensors: list[torch.Tensor], other: int, tag: int) -> Any:
+        self.asked.append(("send", other, tag))
+
+
+def test_receives_are_posted_before_sends() -> None:
+    """Else gloo moves bulk at half duplex. Each member begins with another one, and who sends first is received from last."""
+    group: Any = Paper(1, 4)
+    swap = Swap(group, 1.0)
+    swap.all_gather(torch.empty(8), torch.ones(2))
+    swap.all_to_all(torch.empty(8), torch.ones(8))
+    for tag, asked in enumerate((group.asked[:6], group.asked[6:])):
+        assert asked == [
+            (kind, other, tag) for kind, others in (("recv", (0, 3, 2)), ("send", (2, 3, 0))) for other in others
+        ]
+
+
 def who_handles(rank: int) -> list[bool]:
     swap = Swap(dist.group.WORLD, 20.0)
     output, mine = torch.empty(6), torch.arange(6.0)

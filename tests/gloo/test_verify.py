@@ -14,9 +14,9 @@ from unittest import mock
 
 import pytest
 import torch
-from support.spawn import Pool
+from support.spawn import Failure, Pool, RanksFailed
 
-from zcompile import Plan, cli, trial, verify
+from zcompile import Plan, cli, replay, trial, verify
 from zcompile.plan import PRESETS
 
 Ranks = Callable[[int], Pool]
@@ -392,6 +392,33 @@ def test_the_command_starts_its_own_ranks_and_writes_json(tmp_path: Path) -> Non
     assert cell["placements"] == ["cluster", "cluster", "cluster"] and cell["bytes"]["cluster"]["gather"] > 0
 
 
+def test_the_command_replays(tmp_path: Path) -> None:
+    file = tmp_path / "replay.json"
+    given = ["--replay", "3", "--plans", "zero3", "fsdp", "--topologies", "2", "--eager", "--json", str(file)]
+    assert cli.main(["verify", *given]) == 0
+    result = json.loads(file.read_text())
+    (cell,) = result["results"]
+    assert result["ok"] and result["cells"] == result["passed"] == 1, "two names of one plan are replayed once"
+    assert (cell["plan"], cell["replays"], cell["status"]) == ("zero3", 3, "pass") and cell["sleeps"] > 0
+
+
+def test_a_replay_that_differs_or_breaks_off_fails_its_cell() -> None:
+    class Ranks:
+        def run(self, function: Any, topology: str, *arguments: Any, **keywords: Any) -> Any:
+            if topology == "4":
+                raise RanksFailed({1: Failure("Died", "exit code 1", ""), 0: Failure("FaultError", "rank 1", "")}, {})
+            return [
+                {"differences": [], "sleeps": 2, "seconds": 1.0},
+                {"differences": ["replay 0: x differs"], "sleeps": 1, "seconds": 2.0},
+            ]
+
+    found = replay.cells(["zero3"], ["2", "4"], "graph", 5)
+    replay.run(found, Ranks())
+    assert [(cell.status, cell.sleeps) for cell in found] == [("fail", 3), ("error", 0)]
+    assert found[0].failures == ["rank 1, replay 0: x differs"] and found[1].failures[0].startswith("rank 1: Died")
+    assert not replay.report(found, 1.0)["ok"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -399,6 +426,7 @@ def test_the_command_starts_its_own_ranks_and_writes_json(tmp_path: Path) -> Non
         (["--topologies", "2", "4"], "equally many ranks"),
         (["--steps", "0"], "--steps at least 1"),
         (["--codegen", "--topologies", "2"], "no cell"),
+        (["--replay", "0"], "--replay 0: must be at least 1"),
     ],
 )
 def test_the_command_refuses(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:

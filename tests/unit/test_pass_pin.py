@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch._inductor.config as inductor
 from support.graphs import Hand, unit
 
 from zcompile.passes import LOWERED, pin
+from zcompile.passes.nodes import PEER_GATHER
 
 CALL = (
     "        buf{n} = torch.ops._c10d_functional.all_gather_into_tensor.default(arg0_1, 2, 'zc.2x2x2.{level}.gather')"
@@ -69,6 +71,14 @@ def test_every_switch_exists_in_this_torch() -> None:
     assert set(pin.PATCHES) <= set(known)
 
 
+def test_a_peer_gather_that_passed_a_wait() -> None:
+    read = "        buf9 = torch.ops.zcompile_kernels.peer_gather.default(arg1_1, 2, 'zc.2x2x2.pair.gather', '[2]', '', torch.float32)"
+    order = [*ORDER[:2], "peer_gather zc.2x2x2.pair.gather", *ORDER[2:]]
+    pin.check_code("\n".join([*SOURCE[:4], read, *SOURCE[4:]]), order)
+    with pytest.raises(AssertionError, match=r"at collective 1: peer_gather .* where the graph has wait_tensor"):
+        pin.check_code("\n".join([*SOURCE[:3], read, *SOURCE[3:]]), order)
+
+
 class Scheduled:
     """As much of Inductor's scheduler node as keeping the order needs."""
 
@@ -103,3 +113,14 @@ def test_invariant_7_each_launch_and_wait_depends_on_the_one_before(monkeypatch:
     ]  # fmt: skip
     assert asked == ["ancestors"], "fusion asks these to avoid cycles"
     assert keep([nodes[1]]) == [nodes[1]] and keep.uuid(), "a graph without collectives; and a name for the code cache"
+
+
+def test_a_peer_gather_keeps_its_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import utils
+
+    monkeypatch.setattr(utils, "is_collective", lambda node: False)
+    monkeypatch.setattr(utils, "is_wait", lambda node: node == "wait")
+    nodes = [Scheduled(kind, f"buf{i}", []) for i, kind in enumerate(("wait", "peer", "mm", "wait"))]
+    nodes[1].node = SimpleNamespace(op_overload=PEER_GATHER)  # type: ignore[assignment]
+    pin.PATCHES["_pre_fusion_custom_pass"](nodes)
+    assert [node.after for node in nodes] == [[], [("buf0", "buf1", True)], [], [("buf1", "buf3", True)]]

@@ -8,11 +8,13 @@ other.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from zcompile import _torch_compat as compat
 from zcompile.bench import network, report, systems
 from zcompile.bench.rank import Task, build
 from zcompile.cli import exit_on_sigterm, write_json
@@ -46,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mbit", metavar="NODE,CLUSTER",
         help="shape a network: Mbit/s of a pair's link and of a node's uplink, 0 for no limit; needs root (default: loopback)",
     )  # fmt: skip
+    parser.add_argument(
+        "--loss-tolerance", type=float, default=0.005, metavar="PART",
+        help="of the loss, by which a system may differ from `ddp` (or the first one) without being named (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the result there; - for standard output")
     parser.add_argument("--chart", metavar="FILE", help="draw bars there (.png, .svg); needs matplotlib")
 
@@ -70,6 +77,8 @@ def refusal(arguments: argparse.Namespace) -> str:
     for name, least in (("batch", 1), ("steps", 1), ("warmup", 2), ("repetitions", 1)):
         if getattr(arguments, name) < least:
             return f"--{name} {getattr(arguments, name)}: must be a number from {least}"
+    if not arguments.loss_tolerance >= 0:
+        return f"--loss-tolerance {arguments.loss_tolerance}: must be a number from 0"
     if not 1 <= topology.world_size <= MOST_RANKS and not launched():
         return f"topology {topology.key} has {topology.world_size} ranks: a process is started for each; valid: up to {MOST_RANKS}"
     if arguments.mbit and launched():
@@ -163,21 +172,32 @@ def reason(log: Path) -> str:
     return (own or errors or lines or [f"no output, or not over after {TIMEOUT:g} s"])[0][:400]
 
 
-def run_launched(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
-    """In the launcher's ranks, one system after the other. The same result on every rank."""
+def run_launched(arguments: argparse.Namespace, say: Any, done: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """In the launcher's ranks, one system after the other. The same result on every rank. Where one rank fails alone, `done` is called with
+    the result so far, and the process ends."""
+    from zcompile.bench.launched import Together, wait_for_report
     from zcompile.bench.rank import measure
     from zcompile.launcher import init_from_launcher
 
     init_from_launcher()
+    store, rank = compat.default_store(), torch.distributed.get_rank()
     names = arguments.systems.split()
     result = _result(arguments, "the launcher's ranks", names)
+    repetition, name = 0, ""
+
+    def end(text: str) -> None:
+        error = f"{text}; the others waited for it, and nothing more was run"
+        _add(result, {"system": name, "error": error}, repetition)
+        done(result)
+        wait_for_report(store, rank)
+        os._exit(1)
+
+    together = Together(end)
     for repetition in range(arguments.repetitions):
         for name in names:
             task = _task(arguments, name, "", {})
-            try:
-                found = {**asdict(task), **measure(task)}
-            except (ImportError, ValueError, RuntimeError) as error:
-                found = {"system": name, "error": f"{type(error).__name__}: {error}"[:400]}
+            measured, error = together.run(functools.partial(measure, task))
+            found = {"system": name, "error": error} if measured is None else {**asdict(task), **measured}
             _add(result, found, repetition)
             say(f"run {repetition + 1} of {arguments.repetitions}: {systems.label(name)}")
     return result
@@ -193,7 +213,8 @@ def _result(arguments: argparse.Namespace, description: str, names: list[str]) -
     return {
         "model": arguments.model, "topology": arguments.topology, "network": description, "batch": arguments.batch,
         "steps": arguments.steps, "repetitions": arguments.repetitions, "torch": torch.__version__, "cores": os.cpu_count(),
-        "order": names, "parameters": 0, "tokens_per_step": 0, "runs": [],
+        "date": time.strftime("%Y-%m-%d"), "ranks": Topology.parse(arguments.topology).world_size,
+        "loss_tolerance": arguments.loss_tolerance, "order": names, "parameters": 0, "tokens_per_step": 0, "runs": [],
     }  # fmt: skip
 
 
@@ -216,17 +237,21 @@ def command(arguments: argparse.Namespace) -> int:
         if first:
             errors.print(f"{text} ({time.monotonic() - begin:.0f} s)", style="dim", markup=False)
 
+    def done(result: dict[str, Any]) -> None:
+        report.summarise(result)
+        result["seconds"] = round(time.monotonic() - begin, 1)
+        if first:
+            report.show(result, Console(stderr=arguments.json == "-", width=None if sys.stdout.isatty() else 190))
+            write_json(result, arguments.json)
+            if arguments.chart:
+                report.chart([result], Path(arguments.chart))
+            sys.stdout.flush()
+
     exit_on_sigterm()
     try:
-        result = run_launched(arguments, say) if launched() else run_here(arguments, say)
+        result = run_launched(arguments, say, done) if launched() else run_here(arguments, say)
     except network.NetworkError as error:
         errors.print(f"zcompile bench: {error}", style="red", markup=False)
         return 2
-    report.summarise(result)
-    result["seconds"] = round(time.monotonic() - begin, 1)
-    if first:
-        report.show(result, Console(stderr=arguments.json == "-", width=None if sys.stdout.isatty() else 170))
-        write_json(result, arguments.json)
-        if arguments.chart:
-            report.chart([result], Path(arguments.chart))
+    done(result)
     return 1 if any("error" in row for row in result["systems"].values()) else 0

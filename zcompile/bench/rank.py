@@ -4,6 +4,7 @@
 
 A step's time is taken from one barrier to another over all measured steps, the wait for what runs over the last one included: a step
 that leaves work to the next is charged for it. Memory is the peak over the measured steps, from a mark that is reset after warm-up.
+Messages are counted in one more step after these, and so is what zcompile waits for, under torch's profiler.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import itertools
 import json
 import os
+import resource
 import statistics
 import sys
 import time
@@ -24,11 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from zcompile.bench import systems
+from zcompile.bench import counting, systems
 from zcompile.bench.network import read_counters
 from zcompile.launcher import init_from_launcher
 from zcompile.machines import Device
-from zcompile.overlap import measured
+from zcompile.overlap import Overlap, measured
 from zcompile.shapes import SHAPES, Decoder, Shape
 from zcompile.times import EFFICIENCY
 from zcompile.topology import Topology
@@ -114,7 +116,7 @@ def measure(task: Task) -> dict[str, Any]:
     dist.barrier()
     before = read_counters() if rank == 0 else {}
     dist.barrier()
-    cpu, start = time.process_time(), time.perf_counter()
+    faults, cpu, start = page_faults(), time.process_time(), time.perf_counter()
     found: list[Tensor] = []
     marks = [start]
     for step in range(task.warmup, task.warmup + task.steps):
@@ -122,19 +124,24 @@ def measure(task: Task) -> dict[str, Any]:
         marks.append(time.perf_counter())
     trainer.finish()
     _synchronise(device)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    seconds, cpu, faults = time.perf_counter() - start, time.process_time() - cpu, page_faults() - faults
     peak = memory.peak()
     dist.barrier()
     after = read_counters() if rank == 0 else {}
-    exposed = _exposed(trainer, tokens[-1], setting.topology.names) if trainer.ours else {}
+    waits, counted, uncounted = _one_more(trainer, tokens[-1], setting.topology)
     mine = {
+        "counted": counted,
         "seconds": seconds / task.steps,
         "cpu": cpu / task.steps,
+        "page_faults": faults / task.steps,
         "peak": peak,
         "losses": losses + [float(loss) for loss in found],
     }
     everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, mine)
+    known = all(each["counted"] is not None for each in everyone)
+    messages = counting.total([each["counted"] for each in everyone]) if known else {}
+    at_interfaces = {level: (after[level] - before[level]) / task.steps for level in before}
     return {
         "parameters": parameters,
         "tokens": world * sum(t.numel() - t.shape[0] for t in tokens[-1:]),
@@ -142,28 +149,58 @@ def measure(task: Task) -> dict[str, Any]:
         "steps": [round(b - a, 5) for a, b in itertools.pairwise(marks)],
         "setup_seconds": setup,
         "cpu_seconds": sum(each["cpu"] for each in everyone),
+        "page_faults": sum(each["page_faults"] for each in everyone),
         "peak_bytes": max(each["peak"] for each in everyone),
         "losses": [statistics.fmean(loss) for loss in zip(*(each["losses"] for each in everyone), strict=True)],
-        "bytes": {level: (after[level] - before[level]) / task.steps for level in before},
-        "exposed": exposed,
+        "bytes": at_interfaces or {level: float(row["bytes"]) for level, row in messages.items()},
+        "bytes_at": "interfaces" if at_interfaces else "process groups" if messages else "",
+        "messages": messages,
+        "uncounted": uncounted,
+        "exposed": waits,
     }
 
 
-def _exposed(trainer: systems.Trainer, tokens: Tensor, levels: Sequence[str]) -> dict[str, float]:
-    """Seconds that this rank waits for each level's hops, and for refreshes, in one more step, under torch's profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        trainer.step(tokens)
-        trainer.finish()
-    found = measured(profile)
+def _one_more(
+    trainer: systems.Trainer, tokens: Tensor, topology: Topology
+) -> tuple[dict[str, float | None], counting.Counted | None, str]:
+    """One more step: (what `exposed` says, of zcompile's; what was counted; "" or why nothing was)."""
+    if trainer.ours:
+        recording = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        with counting.counting(topology, trainer.model) as counted, recording as profile:
+            trainer.step(tokens)
+            trainer.finish()
+        return exposed(measured(profile), topology.names), counted, ""
+    try:
+        with counting.counting(topology) as counted:
+            trainer.step(tokens)
+            trainer.finish()
+    except Exception as error:  # of a system that does not run while it is watched: its times stand
+        return {}, None, f"{type(error).__name__}: {error}"[:200]
+    return {}, counted, ""
+
+
+def exposed(found: Overlap, levels: Sequence[str]) -> dict[str, float | None]:
+    """Seconds in waits for each level's hops, and for refreshes. None: not known, as with NCCL, where the host waits for nothing."""
+    if not found.known:
+        return dict.fromkeys((*levels, "refresh"))
     return {**{level: found.level(level).exposed for level in levels}, "refresh": found.refresh_exposed}
 
 
+def page_faults() -> int:
+    """Pages that this process has got so far: memory that is given back and asked for again costs each of them again."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 class _Memory:
-    """Peak bytes of this rank above what it had at the start: allocated device memory, or resident pages on a CPU."""
+    """Peak bytes of this rank above what it had at the start: allocated device memory, or resident pages on a CPU.
+
+    A page that several ranks map (a copy that others read in memory) counts by this rank's share of it, as the kernel's PSS does: else each
+    of two ranks would be charged for both copies. That share is taken at the end, as the kernel keeps no highest PSS.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.base = torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS")
+        self.base = torch.cuda.memory_allocated(device) if device.type == "cuda" else _kernel("status", "VmRSS")
 
     def release(self) -> None:
         """What compiling has freed goes back to the system: a step before the measured ones, which would else pay for getting it again."""
@@ -177,13 +214,18 @@ class _Memory:
         Path("/proc/self/clear_refs").write_text("5")  # the mark of the peak starts again
 
     def peak(self) -> int:
-        now = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident("VmHWM")
-        return now - self.base
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.base
+        of_others = _kernel("status", "RssShmem") - _kernel("smaps_rollup", "Pss_Shmem")
+        return _kernel("status", "VmHWM") - of_others - self.base
 
 
-def _resident(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+def _kernel(file: str, key: str) -> int:
+    """Bytes that /proc/self/`file` says for `key`; 0 where this kernel does not."""
+    for line in Path(f"/proc/self/{file}").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _on_gpu() -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
     """Adds to `result` one row per system: over its repetitions the mean of the mean step, the spread, the ratio to the best.
 
     result["systems"]: label -> {"seconds": mean, "spread": [lowest, highest repetition], "ratio": of the fastest system's seconds,
-    "tokens_per_second", "cpu_seconds" (all ranks, a step), "peak_bytes" (of the rank with the most), "bytes" (level -> a step, at the
-    interfaces), "loss" (after the last step), "exposed" (of zcompile's: level or "refresh" -> seconds of rank 0
-    in waits, in a step under the profiler), "setup_seconds", "runs", "error" (of a system that did not run)}; result["fastest"].
+    "tokens_per_second", "tokens_per_second_per_rank", "cpu_seconds" and "page_faults" (all ranks, a step), "peak_bytes" (of the rank with
+    the most), "bytes" (level -> a step, all ranks) and "bytes_at" ("interfaces", "process groups", "": unknown), "messages" (level ->
+    {"messages", "bytes", "mean_bytes", "peer_read_bytes"} of one step, all ranks), "loss" (after the last step), "loss_difference" (to the
+    reference's, as a part of it), "exposed" (of zcompile's: level or "refresh" -> seconds of rank 0 in waits, in a step under the
+    profiler; None: not known), "setup_seconds", "runs", "error" (of a system that did not run)}; result["fastest"];
+    result["reference"]: whose losses the others are compared with, `ddp` or else the first that ran.
     """
     rows: dict[str, Any] = {}
     for name in result["order"]:
@@ -34,10 +38,14 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
             "seconds": mean,
             "spread": [min(seconds), max(seconds)],
             "tokens_per_second": result["tokens_per_step"] / mean,
+            "tokens_per_second_per_rank": result["tokens_per_step"] / mean / result["ranks"],
             "cpu_seconds": statistics.fmean(run["cpu_seconds"] for run in runs),
+            "page_faults": statistics.fmean(run["page_faults"] for run in runs),
             "peak_bytes": max(run["peak_bytes"] for run in runs),
             "bytes": {level: statistics.fmean(run["bytes"][level] for run in runs) for level in runs[0]["bytes"]},
-            "exposed": {level: statistics.fmean(run["exposed"][level] for run in runs) for level in runs[0]["exposed"]},
+            "bytes_at": runs[0]["bytes_at"],
+            "messages": runs[-1]["messages"],
+            "exposed": {level: _mean(run["exposed"][level] for run in runs) for level in runs[0]["exposed"]},
             "loss": runs[-1]["losses"][-1],
             "setup_seconds": statistics.fmean(run["setup_seconds"] for run in runs),
             "runs": len(runs),
@@ -47,9 +55,21 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
     best = min(timed.values(), default=0.0)
     for name, seconds in timed.items():
         rows[name]["ratio"] = seconds / best
+    reference = "ddp" if "ddp" in timed else next(iter(timed), "")
+    result["reference"] = reference or None
+    for name in timed:
+        there = rows[reference]["loss"]
+        rows[name]["loss_difference"] = (rows[name]["loss"] - there) / abs(there) if there else 0.0
     result["systems"] = rows
     result["fastest"] = min(timed, key=lambda name: timed[name]) if timed else None
     return result
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """None if one is not known."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return statistics.fmean(known) if len(known) == len(found) else None
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -69,6 +89,34 @@ def verdict(result: Mapping[str, Any]) -> str:
     return f"{first} is fastest: {lead:.2f} times as fast as {second}{doubt}"
 
 
+def losses(result: Mapping[str, Any]) -> str:
+    """One sentence: whose loss differs from the reference's by more than the tolerance, after the last step."""
+    rows, reference, limit = result["systems"], result["reference"], result["loss_tolerance"]
+    others = {
+        name: row["loss_difference"] for name, row in rows.items() if "loss_difference" in row and name != reference
+    }
+    if not others:
+        return "no losses to compare"
+    apart = [
+        f"{name} ({100 * part:+.2f} %)" if math.isfinite(part) else f"{name} (not a number)"
+        for name, part in others.items()
+        if not abs(part) <= limit
+    ]
+    if apart:
+        return f"losses after the last step differ from that of {reference} by more than {100 * limit:g} %: {', '.join(apart)}"
+    return f"losses after the last step are within {100 * limit:g} % of that of {reference}"
+
+
+def _messages(row: Mapping[str, Any]) -> str:
+    sizes = [
+        f"{level} {found['messages']} of {found['mean_bytes'] / 1e3:.1f} kB"
+        + (f" and {found['peer_read_bytes'] / 1e6:.1f} MB read in memory" if found["peer_read_bytes"] else "")
+        for level, found in row["messages"].items()
+        if found["messages"] or found["peer_read_bytes"]
+    ]
+    return ", ".join(sizes) or "none"
+
+
 def show(result: Mapping[str, Any], console: Console) -> None:
     levels = next((list(row["bytes"]) for row in result["systems"].values() if row.get("bytes")), [])
     table = Table(title=_title(result), title_justify="left")
@@ -78,6 +126,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         "spread",
         "x",
         "tokens/s",
+        "a rank",
         *(f"{level} MB" for level in levels),
         "peak MiB",
         "CPU s",
@@ -91,20 +140,37 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         low, high = row["spread"]
         table.add_row(
             name, f"{row['seconds']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['ratio']:.2f}", f"{row['tokens_per_second']:.0f}",
-            *(f"{row['bytes'].get(level, 0) / 1e6:.1f}" for level in levels), f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['tokens_per_second_per_rank']:.0f}",
+            *(f"{row['bytes'][level] / 1e6:.1f}" if level in row["bytes"] else "?" for level in levels), f"{row['peak_bytes'] / 2**20:.0f}",
             f"{row['cpu_seconds']:.2f}", f"{row['loss']:.4f}",
         )  # fmt: skip
     console.print(table)
     for name, row in result["systems"].items():
         if "error" in row:
             console.print(f"{name}: {row['error']}", style="red", markup=False)
+    where = {row["bytes_at"] for row in result["systems"].values() if row.get("bytes_at")}
+    if where == {"interfaces"}:
+        console.print("bytes: of a step, at the interfaces of all ranks, headers included", markup=False)
+    elif where:
+        console.print(
+            "bytes: of a step, received by all ranks as their process groups are asked, without headers", markup=False
+        )
+    for name, row in result["systems"].items():
+        if row.get("messages"):
+            console.print(f"{name} messages of a step, all ranks: {_messages(row)}", markup=False, highlight=False)
     for name, row in result["systems"].items():
         if row.get("exposed"):
-            waits = ", ".join(f"{level} {seconds:.3f} s" for level, seconds in row["exposed"].items())
-            console.print(
-                f"{name} waits for {waits} (rank 0, a step under torch's profiler)", markup=False, highlight=False
-            )
+            console.print(f"{name} {waiting(row['exposed'])}", markup=False, highlight=False)
+    console.print(losses(result), markup=False)
     console.print(verdict(result), markup=False)
+
+
+def waiting(exposed: Mapping[str, float | None]) -> str:
+    """A row's "exposed" in words."""
+    if None in exposed.values():
+        return "waits: unknown, as this backend's works leave no trace on the host"
+    waits = ", ".join(f"{level} {seconds:.3f} s" for level, seconds in exposed.items())
+    return f"waits for {waits} (rank 0, a step under torch's profiler)"
 
 
 def _title(result: Mapping[str, Any]) -> str:

@@ -57,6 +57,8 @@ class Flight(dist.Work):
         return cls(work, group, watch, site, label, check)
 
     def wait(self, timeout: Any = None) -> bool:
+        if self._group.disturb is not None:
+            self._group.disturb.wait(self._group.level)
         with self._lock, record_function(f"zc wait {self._label}") if self._label else contextlib.nullcontext():
             if not self._done:
                 with self._watch.waiting(self._site, self._missing):
