@@ -211,6 +211,7 @@ def prepare(arguments: argparse.Namespace, plan: zcompile.Plan, corpus: Corpus, 
         device=device,
         compile=not arguments.eager,
         overlap=arguments.overlap,
+        tokens=arguments.micro_batch * shape.context,
     )
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]

@@ -21,6 +21,7 @@ class Context:
         overlap: buckets whose hops may be under way while the graph computes; 0: none.
         memory: bytes that these may take, in each direction; 0: what so many buckets take.
         keep: bytes of gathered weights that a forward leaves for its backward.
+        tokens: of a micro-batch on one rank, about; 0: unknown.
         kept: by the joint graph's `tag`: names of the parameters of those.
         decompositions: what traced code is decomposed with (empty without code generation).
         expected: by the schedule: "seconds" of the graph, and "exposed LEVEL", those of it in which it waits for hops of that level.
@@ -36,6 +37,7 @@ class Context:
     overlap: int = 0
     memory: int = 0
     keep: int = 0
+    tokens: int = 0
     kept: set[str] = field(default_factory=set)
     expected: dict[str, float] = field(default_factory=dict)
     predicted: dict[tuple[str, str], int] = field(default_factory=dict)

@@ -181,6 +181,7 @@ class Compilation:
             overlap=options.overlap,
             memory=options.memory,
             keep=options.keep,
+            tokens=options.tokens,
             kept=self.kept,
         )
 

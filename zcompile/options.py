@@ -31,6 +31,9 @@ class Options:
             is always under way, whatever it takes. 0: no bound but that of `overlap`.
         keep: bytes of gathered weights that a forward leaves for its backward, which does not gather them again: whole units, those that
             are read last first; 0: none. Compiled graphs only.
+        tokens: rows that a product multiplies with a weight: tokens, or samples, of a micro-batch on one rank, about. From them the
+            schedule knows how long products take beside transfers on the machine's device; 0: it takes both to be as long
+            (passes/schedule.py). Batches may differ from it and from each other.
         timeout: seconds a rank waits for another, at set-up, at an agreement and in a collective, before it looks who is missing and
             raises FaultError.
         compile_timeout: seconds a rank waits for another that is alive and compiles.
@@ -52,6 +55,7 @@ class Options:
     overlap: int = 2
     memory: int = 0
     keep: int = 0
+    tokens: int = 0
     timeout: float = 600.0
     compile_timeout: float = 3600.0
     sync_init: bool = False
@@ -81,6 +85,10 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"option {name}={value!r}: must be a number of bytes, or 0 {none}")
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 0:
+            raise ValueError(
+                f"option tokens={self.tokens!r}: must be a number of tokens of a micro-batch, or 0 where nobody knows"
+            )
         if self.memory and not self.overlap:
             raise ValueError(
                 f"option memory={self.memory}: bounds what overlap keeps under way, which is 0; give overlap= too"

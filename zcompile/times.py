@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from zcompile.machines import Device, Level
@@ -157,6 +157,12 @@ def node_seconds(node: Node, device: Device) -> float:
     moved = sum(value_bytes(source.meta.get("val")) for source in node.all_input_nodes if not _stays_inside(source))
     moved += 0 if _stays_inside(node) else value_bytes(value)
     return roofline(device, node_flops(node), moved, value_dtype(value))
+
+
+def tokens_in(inputs: Any) -> int:
+    """Of a micro-batch: elements of the first tensor of integers among its inputs; 0 where there is none."""
+    leaves = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
+    return next((leaf.numel() for leaf in leaves if not leaf.is_floating_point()), 0)
 
 
 def _stays_inside(node: Node) -> bool:

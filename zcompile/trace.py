@@ -59,6 +59,7 @@ def trace(
             compute_dtype=compute_dtype,
             codegen=False,
             fullgraph=True,
+            tokens=micro_batch * length,
             device="meta",
         )
         wrapped_at = time.perf_counter()

@@ -103,7 +103,7 @@ def hierarchical_zero(module_or_class: Any = None, *, topology: Topology | str |
         with torch.device("cpu"):  # a decorated class may be called where the default device is another
             beginning = Beginning(device, init, pretrained)
             return _wrap(
-                module, topology, wanted, compute_dtype, compile, parsed, beginning, example, "overlap" in options
+                module, topology, wanted, compute_dtype, compile, parsed, beginning, example, frozenset(options)
             )
 
     if module_or_class is None:
@@ -143,7 +143,7 @@ class Beginning(NamedTuple):
 
 
 def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan | Auto, compute_dtype: torch.dtype | None, compile: bool,
-          options: Options, beginning: Beginning, example: Any, keeps_overlap: bool) -> nn.Module:  # fmt: skip
+          options: Options, beginning: Beginning, example: Any, asked: frozenset[str]) -> nn.Module:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise TypeError(f"hierarchical_zero wraps an nn.Module, not {type(model).__name__}")
     compute = _check_model(model, compute_dtype)
@@ -161,8 +161,8 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan | Auto, 
     if isinstance(plan, Auto):
         from zcompile.planner.auto import choose
 
-        plan, overlap, said = choose(model, plan, found, compute, example)
-        options = options if keeps_overlap else replace(options, overlap=overlap)
+        plan, chosen, said = choose(model, plan, found, compute, example)
+        options = options.merged({name: value for name, value in chosen.items() if name not in asked})
         if runtime.rank == 0:
             print(f"zcompile: {said}", file=sys.stderr, flush=True)
     main = str(compute_dtype or next(iter(compute.values()))).removeprefix("torch.")

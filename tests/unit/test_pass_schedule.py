@@ -29,12 +29,13 @@ def layers(
     balance: float = 1.0,
     memory: int = 0,
     rows: int = 64,
+    tokens: int = 0,
     **formats: str,
 ) -> Hand:
     """A graph of `depth` products, each with a weight of its own unit; `three`: gathered over three levels; `balance`: what
     all of them take, in times of the busiest level."""
     hand = Hand(stage, plan="zero3" if three else "zero_topo", overlap=overlap)
-    hand.context.memory = memory
+    hand.context.memory, hand.context.tokens = memory, tokens
     place = {"w": 3, "g": 3, "o": 3} if three else {}
     x = hand.input("x", rows, 64)
     specs, copies = [], []
@@ -185,6 +186,13 @@ def test_ranks_with_batches_of_other_shapes_run_one_order(overlap: int) -> None:
     assert (
         layers(overlap, rows=1).context.expected["seconds"] < layers(overlap, rows=1 << 20).context.expected["seconds"]
     )
+
+
+def test_tokens_say_how_long_products_take() -> None:
+    """A hint, equal on all ranks, in the place of a balance: few tokens are a device too fast for its network, many the contrary."""
+    few, many = (story(layers(2, tokens=tokens)) for tokens in (1, 1 << 30))
+    assert few == story(layers(2, balance=SHORT)) != many == story(layers(2, balance=LONG))
+    assert len({story(layers(2, tokens=64, rows=rows)) for rows in (1, 64, 4096)}) == 1, "shapes have no say"
 
 
 def test_the_work_of_a_graph_is_that_of_its_weights() -> None:

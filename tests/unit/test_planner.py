@@ -241,9 +241,10 @@ def test_auto_with_and_without_an_example(tiny: Workload) -> None:
     compute = dict.fromkeys(tiny.uses, torch.bfloat16)
     tokens = torch.zeros(2, 33, dtype=torch.int64)
     for example in (None, (tokens,)):
-        plan, overlap, said = choose(tiny.module, Auto(), MACHINE, compute, example)
-        assert (plan, overlap, said) == choose(tiny.module, Auto(), MACHINE, compute, example)
-        assert plan.name == "auto" and overlap >= 1 and "ms a step" in said
+        plan, options, said = choose(tiny.module, Auto(), MACHINE, compute, example)
+        assert (plan, options, said) == choose(tiny.module, Auto(), MACHINE, compute, example)
+        assert plan.name == "auto" and options["overlap"] >= 1 and "ms a step" in said
+        assert options["tokens"] == (tokens.numel() if example else 0), "none is made up"
         assert not plan.gather.quantized and not plan.reduce.quantized
     quantised, _, _ = choose(tiny.module, Auto(max_wire_bits=4), SLOW, compute, (tokens,))
     assert quantised.reduce.quantized

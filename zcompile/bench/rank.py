@@ -100,10 +100,11 @@ def measure(task: Task) -> dict[str, Any]:
     model, data = build(task.model)
     model = model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    setting = systems.Setting(machine(task.topology, task.rates), task.learning_rate, task.batch, device)
+    tokens = [data(step, rank, task.batch).to(device) for step in range(task.warmup + task.steps)]
+    length = max(t.numel() for t in tokens)
+    setting = systems.Setting(machine(task.topology, task.rates), task.learning_rate, task.batch, device, length)
     begin = time.perf_counter()
     trainer = systems.parse(task.system)(model, setting)
-    tokens = [data(step, rank, task.batch).to(device) for step in range(task.warmup + task.steps)]
     losses = []
     for step in range(task.warmup):
         if step == task.warmup - 1:

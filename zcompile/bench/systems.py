@@ -32,6 +32,8 @@ class Setting:
     learning_rate: float
     batch: int
     device: torch.device
+    tokens: int = 0
+    """Of a rank's batch, about; 0: unknown."""
 
     @property
     def per_node(self) -> int:
@@ -205,7 +207,9 @@ def ours(
         named = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
         rules = tuple(Rule(f"{name}.weight", gather="int8", reduce="int4") for name in named)
         plan = replace(plan, rules=(*rules, *plan.rules))
-    wrapped = hierarchical_zero(model, topology=setting.topology, plan=plan, compute_dtype=compute, **options)
+    wrapped = hierarchical_zero(
+        model, topology=setting.topology, plan=plan, compute_dtype=compute, **{"tokens": setting.tokens, **options}
+    )
     return replace(_ordinary(wrapped, _adamw(wrapped, setting)), ours=True)
 
 

@@ -29,6 +29,7 @@ from zcompile.debug.dump import Place, collecting
 from zcompile.debug.views import check_writable
 from zcompile.plan import Plan
 from zcompile.shapes import SHAPES, Decoder
+from zcompile.times import tokens_in
 from zcompile.topology import Topology
 
 TAKES_MORE = True
@@ -65,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gathered weights that a forward leaves for its backward (default: none)",
     )
     option("--memory", type=int, metavar="BYTES", help="bound for what is in flight (default: none)")
+    option(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="of a micro-batch, as the schedule is told (default: as the inputs have, or what a script says)",
+    )
     option("--micro-batches", type=int, default=1, metavar="N", help="of a step (default: %(default)s)")
     option("--sequence", type=int, metavar="N", help="tokens per sample of a named shape (default: its own)")
     option("--eval", action="store_true", help="a forward without gradient instead of a step")
@@ -155,7 +162,7 @@ def _prepare(arguments: argparse.Namespace) -> Callable[[], bool]:
     """Everything that can be wrong with the arguments is found here; returns what runs the model, and says whether it made a step."""
     topology = Topology.parse(arguments.topology)
     settings: dict[str, Any] = {"dump": str(arguments.out or ""), "dump_ranks": str(arguments.rank), "codegen": False}
-    for name in ("overlap", "memory", "keep"):
+    for name in ("overlap", "memory", "keep", "tokens"):
         if getattr(arguments, name) is not None:
             settings[name] = getattr(arguments, name)
     if arguments.compute_dtype is not None:
@@ -178,7 +185,7 @@ def _prepare(arguments: argparse.Namespace) -> Callable[[], bool]:
             rank=arguments.rank,
             micro_batches=arguments.micro_batches,
             backward=not arguments.eval,
-            **settings,
+            **{"tokens": tokens_in(inputs), **settings},
         )
         return True
 

@@ -27,8 +27,8 @@ LEFT_FOR_ACTIVATIONS = 0.5
 
 def choose(
     model: nn.Module, auto: Auto, topology: Topology, compute: Mapping[str, torch.dtype], example: Any = None
-) -> tuple[Plan, int, str]:
-    """The plan, the overlap, and a line that says what was chosen and why.
+) -> tuple[Plan, dict[str, int], str]:
+    """The plan, the options that go with it (overlap, and tokens where an example says them), and a line that says what was chosen and why.
 
     Args:
         compute: parameter -> dtype in which it is gathered.
@@ -53,7 +53,8 @@ def choose(
         f"plan auto, {where}: {describe(best.plan, best.overlap)}; expected {best.result.seconds * 1e3:.3g} ms a step, "
         f"{best.result.share:.0%} of it exposed, {best.result.bytes / 1e9:.3g} GB a device"
     )
-    return replace(best.plan, name="auto", wire=None), best.overlap, text
+    options = {"overlap": best.overlap, "tokens": 0 if example is None else workload.tokens}
+    return replace(best.plan, name="auto", wire=None), options, text
 
 
 def of_parameters(model: nn.Module, compute: Mapping[str, torch.dtype]) -> Workload:

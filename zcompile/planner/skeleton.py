@@ -246,7 +246,11 @@ class Skeleton:
         return nodes.done([*outputs, *previous[-1:]])
 
     def _nodes(self, stage: str) -> _Nodes:
-        return _Nodes(Context(stage, self.plan, name="skeleton", overlap=self.overlap, memory=self.memory))
+        return _Nodes(
+            Context(
+                stage, self.plan, name="skeleton", overlap=self.overlap, memory=self.memory, tokens=self.workload.tokens
+            )
+        )
 
     def _forward_marks(self) -> list[tuple[int, int]]:
         at = sorted({0, self.workload.split, *(piece.forward for piece in self.pieces if piece.forward >= 0)})

@@ -46,6 +46,7 @@ def simulate(
             codegen=False,
             fullgraph=True,
             overlap=overlap,
+            tokens=workload.tokens,
             device="meta" if next(workload.module.parameters()).is_meta else None,
         )
         engine = wrapped.zero

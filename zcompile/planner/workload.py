@@ -171,9 +171,7 @@ def of_module(
             f"model {name!r} does not run on fake tensors, which the planner needs to see what it computes: "
             f"{type(error).__name__}: {text[0] if text else ''}"
         ) from error
-    tokens = next(
-        (v.numel() for v in (*args, *keywords.values()) if isinstance(v, Tensor) and not v.is_floating_point()), 0
-    )
+    tokens = times.tokens_in((args, keywords))
     return Workload(name, module, compute, recorder.ops, recorder.split, recorder.uses, recorder.live, tokens, inputs)
 
 
