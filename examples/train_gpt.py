@@ -308,6 +308,17 @@ def waiting(overlap: Overlap | None) -> str:
     return f"waiting for refreshes: {1e3 * overlap.refresh_exposed:.0f} ms; {overlap.matched:.0%} of all waiting is accounted for"
 
 
+def expected_waiting(model: Any, steps: int) -> dict[str, float]:
+    """Seconds of a step in which rank 0 waits for a level's hops ("refresh": for copies), expected by the topology's data."""
+    found: dict[str, float] = {}
+    for name, graph in zcompile.ledger(model)["schedule"].items():
+        for what, seconds in graph.items():
+            if what.startswith("exposed ") and not name.endswith("inference"):
+                level = what.removeprefix("exposed ")
+                found[level] = found.get(level, 0.0) + seconds * graph["runs"] / steps
+    return found
+
+
 def formats_table(found: dict[str, dict[str, int]]) -> Table:
     """What is kept, computed and sent in which format."""
     out = Table("what", title="formats, and how many parameters have them")
@@ -343,13 +354,13 @@ def report(
     hidden = Table(
         "level", title="hops of rank 0 in the last step, from a profiler's trace", caption=waiting(run.overlap)
     )
-    for heading in ("hops", "under way", "hidden", "exposed"):
+    for heading in ("hops", "busy", "under way", "hidden", "exposed", f"expected on {run.topology.key}"):
         hidden.add_column(heading, justify="right")
+    expected = expected_waiting(run.model, run.step)
     for level in counted:
         lane = run.overlap.level(level) if run.overlap else Lane()
-        hidden.add_row(
-            level, str(lane.hops), *(f"{1e3 * t:.0f} ms" for t in (lane.under_way, lane.hidden, lane.exposed))
-        )
+        times = (lane.busy, lane.under_way, lane.hidden, lane.exposed, expected.get(level, 0.0))
+        hidden.add_row(level, str(lane.hops), *(f"{1e3 * t:.3g} ms" for t in times))
     formats = formats_table(zcompile.precision(run.model, run.optimizer))
     summary = Table("summary", "", title=f"{run.step} steps of {run.tokens_per_step} bytes on {run.ranks} ranks")
     summary.add_row("time", f"{seconds:.0f} s, of which {first:.0f} s until the first step was done")
@@ -371,6 +382,7 @@ def report(
         zero3=flat,
         memory=memory,
         overlap=run.overlap.as_dict() if run.overlap else None,
+        expected_waiting=expected,
     )
 
 

@@ -87,7 +87,7 @@ def ledger(model: nn.Module) -> dict[str, Any]:
     """Bytes one rank received in the last step: {"levels": {level: {transfer: {"predicted", "compiled", "counted"}}}, ...}.
 
     "schedule" says what the schedule expects of each graph, by the machine's data: its seconds, and those of it that are exposed waiting,
-    by level; zcompile.overlap measures the same in a profiler's trace.
+    by level, each time that it runs, and how often it has run; zcompile.overlap measures the same in a profiler's trace.
 
     Transfers are gather, reduce, sync and refresh (and barrier, with peer gathers); a step ends with a synchronising backward. The three
     columns come from the closed forms, from the collective nodes of the graphs that ran, and from the process groups; they are equal, or

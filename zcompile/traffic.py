@@ -149,7 +149,7 @@ def report(engine: Engine) -> dict[str, Any]:
         "levels": levels,
         "overhead_of_one_transfer_each": overhead,
         "memory": engine.memory(),
-        "schedule": {program.name: program.expected for program in engine.programs if program.expected},
+        "schedule": {p.name: {"runs": p.runs, **p.expected} for p in engine.programs if p.expected},
         "plan": engine.plan.plan.name,
         "skipped_steps": engine.skipped,
     }

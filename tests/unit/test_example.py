@@ -234,3 +234,15 @@ def test_every_plan_of_the_comparison_is_one(convergence: ModuleType) -> None:
             quantized = transfer in alone.get(name, weights | gradients)
             assert all(wire.quantized == quantized for wire in getattr(wires, transfer)), (name, transfer)
         assert not any(wire.quantized for wire in resolved.wires("embed.weight", (256, 64), kind="embedding").gather)
+
+
+def test_expected_waiting_counts_each_graph_as_often_as_a_step_runs_it(
+    train_gpt: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = {
+        "graph 0 forward": {"runs": 8, "seconds": 9.0, "exposed pair": 0.5, "exposed refresh": 1.0},
+        "graph 0 backward": {"runs": 4, "seconds": 9.0, "exposed pair": 1.0},
+        "graph 1 inference": {"runs": 100, "seconds": 9.0, "exposed pair": 7.0},
+    }
+    monkeypatch.setattr(train_gpt.zcompile, "ledger", lambda model: {"schedule": schedule})
+    assert train_gpt.expected_waiting(None, 4) == {"pair": 2.0, "refresh": 2.0}
