@@ -14,7 +14,7 @@ from support.training import batch, mlp, ours, replicas, square, theirs
 from torch import nn
 
 import zcompile
-from zcompile import Plan, hierarchical_zero
+from zcompile import Plan, gradients, hierarchical_zero
 
 MESHES = [
     ("2x2x2", "zero_topo"),
@@ -262,6 +262,20 @@ def ignoring(rank: int, compiled: bool) -> list[int]:
     whole = zcompile.full_state_dict(model)["second.weight"]
     dist.barrier()
     return [len(exchanges), int(whole.isnan().sum())]
+
+
+@pytest.mark.parametrize("value", [1e30, -3e38, math.inf, -math.inf, math.nan])
+def test_large_elements_are_finite(value: float) -> None:
+    """Their squares are not."""
+
+    class Master:
+        grad = torch.zeros(1000)
+
+    class Slot:
+        master = Master
+
+    Master.grad[7] = value
+    assert bool(gradients._not_finite([Slot])) is not math.isfinite(value)  # type: ignore[list-item]
 
 
 def test_without_the_check_nothing_is_exchanged_and_masters_are_spoilt(ranks: Any) -> None:
