@@ -3,35 +3,68 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.spawn import Pool
+from support.spawn import run
 from support.training import mlp, received, square, train, twins
 
 pytestmark = pytest.mark.slow
 WORLD = 2
 
 
-@pytest.fixture
-def pool() -> Iterator[Pool]:
-    made = Pool(WORLD)
-    yield made
-    made.close()
+@dataclass
+class Case:
+    """What is wrong on rank 1."""
+
+    folder: str = "warm"
+    """Its cache: a copy of one that is filled, "empty", or a path."""
+    spoil: str = ""
+    """Entries that are damaged: "graphs" or "code"."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Of its code generator."""
+
+
+CASES = {
+    "empty": Case("empty"),
+    "graphs": Case(spoil="graphs"),
+    "code": Case(spoil="code"),
+    "unwritable": Case("/proc/nowhere"),
+    "choice": Case(config={"cpp.simdlen": 1, "max_fusion_size": 1}),
+}
+"""All of them generate code on one rank, for which one core is enough: two at a time."""
+
+
+@dataclass
+class Outcome:
+    """folders of the ranks' caches; what each rank found there and without a fault."""
+
+    folders: list[str]
+    before: list[Any]
+    found: list[Any]
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[Any]]:
-    """(a folder for each rank, filled; what the ranks found)."""
-    folders = [str(tmp_path_factory.mktemp(f"rank{rank}")) for rank in range(WORLD)]
-    pool = Pool(WORLD)
-    try:
-        return folders, pool.run(steps, folders, "", {}, timeout=500)
-    finally:
-        pool.close()
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Outcome]]:
+    warm = [str(tmp_path_factory.mktemp(f"rank{rank}")) for rank in range(WORLD)]
+    before = run(steps, WORLD, warm, "", {}, timeout=500)
+
+    def ran(name: str) -> Outcome:
+        case, folder = CASES[name], tmp_path_factory.mktemp(name)
+        folders = [str(shutil.copytree(source, folder / Path(source).name)) for source in warm]
+        if case.folder != "warm":
+            folders[1] = str(folder / "empty") if case.folder == "empty" else case.folder
+        return Outcome(folders, before, run(steps, WORLD, folders, case.spoil, case.config, timeout=500))
+
+    with ThreadPoolExecutor(2) as executor:
+        found = {name: executor.submit(ran, name) for name in CASES}
+        yield lambda name: found[name].result()
 
 
 def steps(rank: int, folders: list[str], spoil: str, config: dict[str, Any]) -> tuple[list[int], list[str], str, Any]:
@@ -56,36 +89,20 @@ def steps(rank: int, folders: list[str], spoil: str, config: dict[str, Any]) -> 
     )
 
 
-def test_f6_a_rank_starts_with_an_empty_cache(pool: Pool, warm: Any, tmp_path: Path) -> None:
-    folders, before = warm
-    found = pool.run(steps, [folders[0], str(tmp_path)], "", {}, timeout=500)
-    assert [codes for _, codes, _, _ in found] == [["loaded", "loaded"], ["generated", "generated"]]
-    assert all(one[0] == before[0][0] and one[3] == before[0][3] for one in found)
-
-
-@pytest.mark.parametrize("spoil", ["graphs", "code"])
-def test_f6_a_rank_has_corrupt_entries(pool: Pool, warm: Any, tmp_path: Path, spoil: str) -> None:
-    folders, before = warm
-    found = pool.run(steps, folders, spoil, {}, timeout=500)
-    assert [codes for _, codes, _, _ in found] == [["loaded", "loaded"], ["generated", "generated"]]
-    assert (found[1][2] == folders[1]) == (spoil == "graphs"), "torch itself passes over a graph that cannot be read"
-    assert all(one[0] == before[0][0] and one[3] == before[0][3] for one in found)
-
-
-def test_f6_a_rank_has_a_cache_that_cannot_be_written(pool: Pool, warm: Any) -> None:
-    folders, before = warm
-    found = pool.run(steps, [folders[0], "/proc/nowhere"], "", {}, timeout=500)
-    assert [codes for _, codes, _, _ in found] == [["loaded", "loaded"], ["generated", "generated"]]
-    assert "zcompile-inductor-" in found[1][2]
-    assert all(one[0] == before[0][0] for one in found)
-
-
-def test_f7_another_choice_of_the_code_generator_on_one_rank(pool: Pool, warm: Any) -> None:
+@pytest.mark.parametrize("fault", CASES)
+def test_f6_f7_a_rank_generates_its_own_code_of_the_same_graphs(outcome: Any, fault: str) -> None:
     """Vector width and fusions are the code generator's affair: the schedule is a function of the graph and the machine's data."""
-    folders, before = warm
-    found = pool.run(steps, folders, "", {"cpp.simdlen": 1, "max_fusion_size": 1}, timeout=500)
-    assert [codes for _, codes, _, _ in found] == [["loaded", "loaded"], ["generated", "generated"]]
-    assert all(one[0] == before[0][0] and one[3] == before[0][3] for one in found)
+    there = outcome(fault)
+    assert [codes for _, codes, _, _ in there.found] == [["loaded", "loaded"], ["generated", "generated"]]
+    for identities, _, _, bytes_ in there.found:
+        assert identities == there.before[0][0] and bytes_ == there.before[0][3]
+
+
+def test_f6_a_cache_that_is_of_no_use_is_left(outcome: Any) -> None:
+    for fault in ("graphs", "code"):  # torch itself passes over a graph that cannot be read
+        there = outcome(fault)
+        assert (there.found[1][2] == there.folders[1]) == (fault == "graphs")
+    assert "zcompile-inductor-" in outcome("unwritable").found[1][2]
 
 
 def test_a_folder_that_cannot_be_written_is_left_with_a_word(
