@@ -62,13 +62,3 @@ def test_bad_arguments_are_named(arguments: tuple[str, ...], said: str) -> None:
     result = run(*arguments)
     assert result.returncode == 2
     assert said in result.stderr and "Traceback" not in result.stderr
-
-
-@pytest.mark.slow
-def test_overhead_of_one_process_allocates_what_torch_compile_does() -> None:
-    result = run("overhead", "--hidden", "128", "--layers", "2", "--steps", "4", "--json", "-")
-    assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(result.stdout[result.stdout.index("{") :])
-    assert found["state_bytes"]["zcompile"] == found["state_bytes"]["plain"]
-    assert found["peak_bytes"]["zcompile"] == found["peak_bytes"]["plain"]
-    assert found["loss"]["zcompile"] == found["loss"]["plain"]
