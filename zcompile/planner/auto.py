@@ -64,7 +64,7 @@ def of_parameters(model: nn.Module, compute: Mapping[str, torch.dtype]) -> Workl
     ops: list[Op] = []
     uses: dict[str, Use] = {}
     for name, parameter in names.items():
-        uses[name] = Use(name, forward=len(ops))
+        uses[name] = Use(name, forward=len(ops), product=parameter.dim() > 1)
         ops.append(_product(parameter, compute[name], 1))
     split = len(ops)
     for name, parameter in reversed(names.items()):
@@ -76,5 +76,6 @@ def of_parameters(model: nn.Module, compute: Mapping[str, torch.dtype]) -> Workl
 
 def _product(parameter: nn.Parameter, dtype: torch.dtype, factor: int) -> Op:
     size = parameter.numel() * dtype.itemsize
-    count = 2.0 * factor * parameter.numel() * ASSUMED_TOKENS if parameter.dim() > 1 else 0.0
-    return Op(count, [(size, -1)], size, str(dtype).removeprefix("torch."), False, False)
+    weights = parameter.numel() if parameter.dim() > 1 else 0
+    count = 2.0 * factor * weights * ASSUMED_TOKENS
+    return Op(count, [(size, -1)], size, str(dtype).removeprefix("torch."), False, False, weights)

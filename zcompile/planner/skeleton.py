@@ -192,17 +192,16 @@ class Skeleton:
         events = sorted((piece.forward, number) for number, piece in enumerate(self.pieces) if piece.forward >= 0)
         wholes: list[Node] = []
         kept: list[Node] = []
-        last = read = 0
+        last = 0
         marks = [at for at, _ in events[1:]] + [workload.split]
         for (at, number), until in zip(events, marks, strict=True):
             if at > last and not kept:  # before the first weight
                 kept.append(self._stretch(nodes, (), last, at, self._growth(last, at)))
             wholes.append(self._gather(nodes, self.pieces[number], fresh=False))
-            read += numel(self.pieces[number].specs)
             if until > at:
                 before = kept[-1:]
-                kept.append(self._stretch(nodes, (*before, *wholes), at, until, self._growth(at, until), read))
-                wholes, read = [], 0
+                kept.append(self._stretch(nodes, (*before, *wholes), at, until, self._growth(at, until)))
+                wholes = []
             last = until
         return nodes.done(kept)
 
@@ -238,9 +237,13 @@ class Skeleton:
             done = (until - workload.split) / max(end - workload.split, 1)
             taken = max(0, round((1 - done) * len(inputs)))
             reads, inputs = inputs[taken:], inputs[:taken]
-            weights = sum(numel(self.pieces[number].specs) for kind, number in by_place.get(at, ()) if kind == 0)
-            made = sum(numel(self.pieces[number].specs) for kind, number in by_place.get(until, ()) if kind == 1)
-            node = self._stretch(nodes, (*previous[-1:], *wholes, *reads), at, until, 0, weights + made)
+            made = sum(
+                spec.layout.numel
+                for kind, number in by_place.get(until, ())
+                for spec in (self.pieces[number].specs if kind == 1 else ())
+                if workload.uses[spec.name].product
+            )
+            node = self._stretch(nodes, (*previous[-1:], *wholes, *reads), at, until, 0, made)
             previous.append(node)
             wholes = []
         return nodes.done([*outputs, *previous[-1:]])
@@ -267,11 +270,11 @@ class Skeleton:
         return self._kept[end - 1] - (self._kept[begin - 1] if begin else 0) if end else 0
 
     def _stretch(self, nodes: _Nodes, inputs: Sequence[Node], begin: int, end: int, keeps: int,
-                 weights: int = 0) -> Node:  # fmt: skip
-        """weights: elements that its products read or make gradients of."""
+                 made: int = 0) -> Node:  # fmt: skip
+        """made: elements of the gradients that its products make."""
         seconds, flops = self.clock[end] - self.clock[begin], sum(self.flops[begin:end])
         node = nodes.work(f"{begin}..{end}", inputs, keeps, seconds, flops)
-        node.meta[WEIGHTS] = weights
+        node.meta[WEIGHTS] = made + sum(op.weights for op in self.workload.ops[begin:end])
         return node
 
     def _gather(self, nodes: _Nodes, piece: Piece, fresh: bool) -> Node:

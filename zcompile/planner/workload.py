@@ -32,7 +32,8 @@ class WorkloadError(ValueError):
 
 @dataclass
 class Op:
-    """One operation: FLOPs, bytes that it reads (with the operation that made each value, -1 for none) and writes, dtype of its result."""
+    """One operation: FLOPs, bytes that it reads (with the operation that made each value, -1 for none) and writes, dtype of its result,
+    elements of parameters that it multiplies with."""
 
     flops: float
     reads: list[tuple[int, int]]
@@ -40,17 +41,20 @@ class Op:
     dtype: str
     pointwise: bool
     free: bool
+    weights: int = 0
     users: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Use:
-    """When a parameter is needed, as numbers of operations; -1: never. `gradient`: the operation after which its gradient is whole."""
+    """When a parameter is needed, as numbers of operations; -1: never. `gradient`: the operation after which its gradient is whole.
+    `product`: whether matrix products and the like read it; a lookup is none."""
 
     name: str
     forward: int = -1
     backward: int = -1
     gradient: int = -1
+    product: bool = False
 
 
 @dataclass
@@ -266,8 +270,9 @@ class _Recorder(TorchDispatchMode):
         number = len(self.ops)
         inputs = [v for v in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
         outputs = [v for v in torch.utils._pytree.tree_leaves(out) if isinstance(v, Tensor)]
+        product, weights = times.is_product(func), 0
         for value in inputs:
-            self._needed(value, number)
+            weights += self._needed(value, number, product)
             maker = self._maker.get(id(value), -1)
             if maker >= 0:
                 self.ops[maker].users.append(number)
@@ -275,7 +280,7 @@ class _Recorder(TorchDispatchMode):
         count = times.flops(func, args, kwargs, out)
         self.ops.append(
             Op(count, list(reads.values()), times.value_bytes(outputs), times.value_dtype(outputs), times.is_pointwise(func),
-               times.is_free(func))
+               times.is_free(func), weights)
         )  # fmt: skip
         for value in outputs:
             self._maker[id(value)] = number
@@ -283,15 +288,18 @@ class _Recorder(TorchDispatchMode):
         self.live.append(self._bytes)
         return out
 
-    def _needed(self, value: Tensor, number: int) -> None:
+    def _needed(self, value: Tensor, number: int, product: bool) -> int:
+        """Notes that an operation reads a parameter, if it is one; returns how many of its elements a product does."""
         name = self._names.get(value.untyped_storage()._cdata)
         if name is None:
-            return
+            return 0
         use = self.uses[name]
+        use.product |= product
         if self._backward:
             use.backward = number if use.backward < 0 else use.backward
         else:
             use.forward = number if use.forward < 0 else use.forward
+        return value.numel() if product else 0
 
     def _alive(self, value: Tensor) -> None:
         storage = value.untyped_storage()
