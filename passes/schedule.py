@@ -19,9 +19,9 @@ order of collectives. So no time that follows from a batch has a say. A product 
 to the gradient that it makes, all other operations none. With `context.tokens`, an option and so the same on all ranks, that is what the
 device takes for two FLOPs a token and element. Without, all products together take as long as the busiest level, the refresh of the
 copies among it, in a backward half of it, as a wait that stands too early there holds up the reductions behind it. Which is about the case
-in which the order matters. A step of gpt-neox-20b on 16 nodes with networks from Frontier's own down to 3 % of it (zero3, hsdp, zero_topo
-native and quantised; 32 cases, played on paper) took 3.4 % more in such orders than in the best of five that were tried, 8.6 % at most; with
-tokens 1.4 %, 5.4 % at most; with half or twice as many as there were 2.5 and 1.1 %, 11.7 and 8.5 % at most.
+in which the order matters. A step of gpt-neox-20b on 16 nodes with networks from Frontier's own down to 3 % of it (zero3, hsdp and
+zero_topo, native and quantised; 32 cases, played on paper) took 3.4 % more in such orders than in the best of five that were tried, 8.6 %
+at most; with tokens 1.4 %, 5.4 % at most; with half or twice as many as there were 2.5 and 1.1 %, 11.7 and 8.5 % at most.
 """
 
 from __future__ import annotations

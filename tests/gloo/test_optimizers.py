@@ -173,9 +173,9 @@ def test_an_optimizer_made_before_wrapping_is_refused(ranks: Any) -> None:
 
 
 def _quiet(rank: int) -> None:
-    """What needs no other rank asks none: one rank alone steps (it is told not to ask whether gradients are finite), looks at a weight,
-    and counts."""
-    model, _ = twins(mlp, "eager", nonfinite="ignore")
+    """What needs no other rank asks none: one rank alone steps (it is told not to ask whether gradients are finite, and no weight
+    was read outside of compiled graphs), looks at a weight, and counts."""
+    model, _ = twins(mlp, "graph", nonfinite="ignore")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     LOSS(model, rank, 0).backward()
     before = Runtime.get(model.zero.plan.topology).snapshot()
