@@ -72,10 +72,12 @@ def test_receives_are_posted_before_sends() -> None:
     swap = Swap(group, 1.0)
     swap.all_gather(torch.empty(8), torch.ones(2))
     swap.all_to_all(torch.empty(8), torch.ones(8))
-    for tag, asked in enumerate((group.asked[:6], group.asked[6:])):
-        assert asked == [
-            (kind, other, tag) for kind, others in (("recv", (0, 3, 2)), ("send", (2, 3, 0))) for other in others
-        ]
+    calls = group.asked[:6], group.asked[6:]
+    for asked in calls:
+        order = [(kind, other) for kind, others in (("recv", (0, 3, 2)), ("send", (2, 3, 0))) for other in others]
+        assert [(kind, other) for kind, other, _ in asked] == order
+    tags = [{tag for _, _, tag in asked} for asked in calls]
+    assert [len(each) for each in tags] == [1, 1] and tags[0] != tags[1], "one for a call, another for the next"
 
 
 def who_handles(rank: int) -> list[bool]:
