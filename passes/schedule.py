@@ -1,8 +1,8 @@
 """schedule: hops are under way while the graph computes.
 
-Requires: a graph after `quantize`, each hop followed by its wait; `context.overlap`, the number of buckets in flight (0: all stays), and
-`context.tokens`, see Note [No shapes], and
-`context.memory`, the bytes that those of either direction may take (0: no bound of its own; a bucket alone is always allowed).
+Requires: a graph after `quantize`, each hop followed by its wait; `context.overlap`, the number of buckets in flight (0: all stays);
+`context.tokens`, see Note [No shapes]; `context.memory`, the bytes that those of either direction may take (0: no bound of its own; a
+bucket alone is always allowed).
 Guarantees: a list schedule over a lane that computes and a lane per level; hops take what zcompile.times gives, products as long as their
 weights are large, see Note [No shapes]. A bucket's gather is launched as soon as it may be (so many buckets before it is needed, and not
 before its copy is expected to be fresh), its next hop when the one before is expected to have arrived, and its last wait and its unpack

@@ -191,7 +191,7 @@ def grouped(
 ) -> Iterator[list[tuple[nn.Parameter, dict[str, Any]]]]:
     """Runs of parameters that share a unit, with the fields of their specs that do not depend on the unit."""
     blocks = _blocks(model)
-    sizes = plan.topology.sizes
+    sizes, bucket = plan.topology.sizes, plan.bucket
     open_runs: dict[object, list[tuple[nn.Parameter, dict[str, Any]]]] = {}
     order: list[list[tuple[nn.Parameter, dict[str, Any]]]] = []
     filled: dict[object, int] = {}
@@ -214,7 +214,7 @@ def grouped(
             # What comes back to a block after others (an embedding, then the head) is used at another time than what came before.
             visit = (blocks[module], visit[1] + 1)
         # Of vectors a block has too few for a message: they travel with those of the next blocks.
-        block, limit = (None, min(VECTOR_BYTES, plan.bucket)) if vector else (visit, plan.bucket)
+        block, limit = (None, min(VECTOR_BYTES, bucket)) if vector else (visit, bucket)
         key = (block, w, g, o, dtype, parameter.requires_grad, vector, parameter.device, wires)
         size = parameter.numel() * dtype.itemsize
         if key not in open_runs or (filled[key] + size > limit and filled[key]):
