@@ -34,9 +34,9 @@ def with_nan(result: np.ndarray, *sources: np.ndarray) -> np.ndarray:
     nan = is_nan(bits)
     if not nan.any():
         return bits
-    value = np.broadcast_to(NAN, bits.shape)
+    value: np.ndarray | np.uint32 = NAN
     for source in reversed(sources):
-        source = np.broadcast_to(source.view(U32), bits.shape)
+        source = source.view(U32)
         value = np.where(is_nan(source), source | QUIET, value)
     return np.where(nan, value, bits)
 

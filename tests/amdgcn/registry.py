@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
 from amdgcn.errors import Unsupported
@@ -62,6 +63,7 @@ def known() -> list[str]:
     return sorted(_TABLE)
 
 
+@cache
 def _fill() -> None:
     """Imports the opcode files; they import this one, so it cannot be done above."""
     for name in ("lanes", "memops", "packed", "scalar", "shared", "vector", "vector_float"):

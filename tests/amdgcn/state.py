@@ -41,9 +41,9 @@ class State:
         self.pc = 0
         junk = np.random.default_rng(machine.noise).integers(0, 2**32, vgprs * 2 + _SGPRS, U32)
         waves = len(workgroup)
-        self.v = [np.broadcast_to(each, (waves, LANES)) for each in junk[:vgprs]]
-        self.a = [np.broadcast_to(each, (waves, LANES)) for each in junk[vgprs : 2 * vgprs]]
-        self.s = [np.broadcast_to(each, (waves,)) for each in junk[2 * vgprs :]]
+        vectors = list(np.broadcast_to(junk[: 2 * vgprs, None, None], (2 * vgprs, waves, LANES)))
+        self.v, self.a = vectors[:vgprs], vectors[vgprs:]
+        self.s = list(np.broadcast_to(junk[2 * vgprs :, None], (_SGPRS, waves)))
         self.scc = np.zeros(waves, bool)
         self.mode = np.zeros(waves, U32)
         """The MODE register; of it only bit 23, FP16_OVFL, has an effect here."""
@@ -117,9 +117,9 @@ class State:
         if operand.kind == "scc":
             return self.scc.astype(U32)
         if operand.kind == "integer":
-            return np.broadcast_to(U32(operand.value & 0xFFFFFFFF), (self.waves,))
+            return np.full(self.waves, operand.value & 0xFFFFFFFF, U32)
         if operand.kind == "float":
-            return np.broadcast_to(np.float32(operand.value).view(U32), (self.waves,))
+            return np.full(self.waves, operand.value, np.float32).view(U32)
         raise Unsupported(f"operand {operand.text} as a 32-bit source")
 
     def scalar_pair(self, operand: Operand, kind: str = "U") -> np.ndarray:
@@ -164,7 +164,7 @@ class State:
         if value.dtype != U32:
             value = value.view(U32)
         if lanes is None and self.full:
-            file[index] = np.broadcast_to(value, self.exec.shape)
+            file[index] = spread(value, self.exec.shape)
         else:
             file[index] = np.where(self.exec if lanes is None else lanes, value, file[index])
 
@@ -184,7 +184,7 @@ class State:
 
     def write_scalar_at(self, index: int, value: np.ndarray) -> None:
         """As `write_scalar`, for the register with this number."""
-        self.s[index] = np.broadcast_to(value.view(U32), (self.waves,))
+        self.s[index] = spread(value.view(U32), (self.waves,))
         if index in (EXEC, EXEC + 1):
             self._refresh()
 
@@ -193,7 +193,7 @@ class State:
         self._need(operand, 2)
         if operand.kind != "s":
             raise Unsupported(f"scalar result to {operand.text}")
-        value = np.broadcast_to(value.view(U64), (self.waves,))
+        value = spread(value.view(U64), (self.waves,))
         self.s[operand.index], self.s[operand.index + 1] = value.astype(U32), (value >> U64(32)).astype(U32)
         if operand.index == EXEC:
             self._refresh()
@@ -206,6 +206,11 @@ class State:
         at = VCC if name.startswith("vcc") else EXEC
         zero = (self.s[at] | self.s[at + 1]) == 0
         return zero if name in ("vccz", "execz") else ~zero
+
+
+def spread(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """np.broadcast_to, which takes longer than most instructions, where there is something to do."""
+    return value if value.shape == shape else np.broadcast_to(value, shape)
 
 
 def _wide(low: np.ndarray, high: np.ndarray) -> np.ndarray:

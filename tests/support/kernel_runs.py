@@ -32,6 +32,9 @@ def cells(archs: Iterable[str], *, all_of: str = "gfx90a") -> list[Any]:
     return made
 
 
+_compiled: dict[tuple[Any, ...], Compiled] = {}
+
+
 @cache
 def text_of(variant: Variant, arch: str, small: bool = True) -> tuple[Compiled, Call]:
     """The compiled text of a variant, and the call that it is for."""
@@ -40,10 +43,14 @@ def text_of(variant: Variant, arch: str, small: bool = True) -> tuple[Compiled, 
 
 
 def compiled(call: Call, arch: str, *, small: bool = True) -> Compiled:
-    """As `gpu.run` would have it compiled. small: for tensors below 2 GB."""
-    return compile_kernel(
-        call.kernel, call.signature, call.all_constants, arch, warps=call.warps, small_pointers=small, stages=1
-    )
+    """As `gpu.run` would have it compiled, once for all tests of a process. small: for tensors below 2 GB."""
+    constants = call.all_constants
+    key = (call.kernel, str(call.signature), str(constants), arch, call.warps, small)
+    if key not in _compiled:
+        _compiled[key] = compile_kernel(
+            call.kernel, call.signature, constants, arch, warps=call.warps, small_pointers=small, stages=1
+        )
+    return _compiled[key]
 
 
 def arguments(case: Case) -> list[Any]:

@@ -38,8 +38,8 @@ def interpreted(*seeds: int, script: str = SCRIPT) -> dict[tuple[str, int], str]
 
 @pytest.mark.slow
 def test_every_variant_equals_the_reference() -> None:
-    found = interpreted(1, 2)
-    assert set(found) == {(variant.name, seed) for variant in catalogue() for seed in (1, 2)}
+    found = interpreted(1)
+    assert set(found) == {(variant.name, 1) for variant in catalogue()}
     assert not {key: wrong for key, wrong in found.items() if wrong}
 
 
@@ -48,7 +48,7 @@ def test_a_few_equal_the_reference_and_a_changed_scale_does_not() -> None:
         "catalogue():", "(v for v in catalogue() if v.name in ('quantize bf16 int8', 'dequantize bf16 int4')):"
     )
     assert few != SCRIPT
-    found = interpreted(3, script=few)
-    assert set(found.values()) == {""} and len(found) == 2
-    broken = few.replace("gpu.run(case.call)", "gpu.run(case.call); case.wanted[0][0][:64] += 1")
-    assert all("differ" in wrong for wrong in interpreted(3, script=broken).values())
+    broken = "\n        if seed == 4:\n            case.wanted[0][0][:64] += 1"
+    found = interpreted(3, 4, script=few.replace("gpu.run(case.call)", f"gpu.run(case.call){broken}"))
+    assert len(found) == 4
+    assert all("differ" in wrong if seed == 4 else not wrong for (_, seed), wrong in found.items())
