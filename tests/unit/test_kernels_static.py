@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from functools import cache
 
 import pytest
 import torch
 from support.kernel_runs import AMD, cells, text_of
 
 from zcompile.kernels import blocks
+from zcompile.kernels.aot import Facts
 from zcompile.kernels.catalogue import ARCHS, Variant, catalogue, flat, whole
 from zcompile.kernels.code import BLOCKS, SCALES, Code
 from zcompile.kernels.geometry import Geometry, Piece
@@ -20,10 +23,19 @@ DIVISION = 2
 every = pytest.mark.parametrize(("variant", "arch"), cells(ARCHS))
 
 
+@cache
+def opcodes(variant: Variant, arch: str, small: bool = True) -> Counter[str]:
+    return text_of(variant, arch, small)[0].opcodes()
+
+
+@cache
+def facts_of(variant: Variant, arch: str, small: bool = True) -> Facts:
+    return text_of(variant, arch, small)[0].facts()
+
+
 @every
 def test_nothing_spilled_and_wide_accesses(variant: Variant, arch: str) -> None:
-    found, call = text_of(variant, arch)
-    facts, constants = found.facts(), call.constants
+    facts, constants = facts_of(variant, arch), text_of(variant, arch)[1].constants
     assert facts.lds <= LDS
     assert facts.widest_load >= 8 and facts.widest_store >= 8
     # The scales of a tile, one per lane of a few, are bf16; nothing else is stored in less than 4 bytes but the ragged ends of
@@ -42,8 +54,7 @@ def test_nothing_spilled_and_wide_accesses(variant: Variant, arch: str) -> None:
 @every
 def test_narrow_loads_are_scales(variant: Variant, arch: str) -> None:
     """Codes and values come in pieces of 8 or 16 bytes per lane."""
-    found, call = text_of(variant, arch)
-    ops, constants = found.opcodes(), call.constants
+    ops, constants = opcodes(variant, arch), text_of(variant, arch)[1].constants
     if constants.get("ODD"):
         pytest.skip("the ragged ends are read one by one")
     if arch in AMD:
@@ -69,18 +80,17 @@ def test_narrow_loads_are_scales(variant: Variant, arch: str) -> None:
 @pytest.mark.parametrize(("variant", "arch"), cells(AMD, all_of=""))
 def test_both_ranges_of_pointers(variant: Variant, arch: str) -> None:
     """What tensors above 2 GB run is as wide as what the others run, and neither spills. (NVIDIA has one form.)"""
-    found = text_of(variant, arch, small=False)[0]
-    small, large = text_of(variant, arch)[0].facts(), found.facts()
+    small, large = facts_of(variant, arch), facts_of(variant, arch, False)
     assert (large.widest_load, large.widest_store) == (small.widest_load, small.widest_store)
     assert (large.narrow_stores, large.spills, large.scratch) == (small.narrow_stores, 0, 0)
     # Offsets inside of a tile are known to be small, so that buffer instructions serve both: the base is a 64-bit scalar.
-    assert any(op.startswith("buffer_store") for op in found.opcodes())
+    assert any(op.startswith("buffer_store") for op in opcodes(variant, arch, False))
 
 
 @every
 def test_no_contraction(variant: Variant, arch: str) -> None:
     """Fused multiply-adds stand inside of divisions only: as many as those need."""
-    ops = text_of(variant, arch)[0].opcodes()
+    ops = opcodes(variant, arch)
     if arch in AMD:
         fused = sum(n for op, n in ops.items() if re.match(r"v_(pk_)?(fma|fmac|mad|mac|fmaak|fmamk)\w*_f32", op))
         divisions = ops["v_div_fixup_f32"] + ops["v_div_fixup_f32_e64"]
@@ -94,7 +104,7 @@ def test_no_contraction(variant: Variant, arch: str) -> None:
 
 @every
 def test_no_atomics_and_no_calls(variant: Variant, arch: str) -> None:
-    ops = text_of(variant, arch)[0].opcodes()
+    ops = opcodes(variant, arch)
     assert not any("atomic" in op or op.startswith(("s_swappc", "call", "red.")) for op in ops)
 
 
@@ -108,7 +118,7 @@ def test_rounding_instructions(arch: str) -> None:
             "quantize bf16 e4m3fnuz",
         ):
             continue
-        ops = text_of(variant, arch)[0].opcodes()
+        ops = opcodes(variant, arch)
         if variant.code.integer:
             assert bool(ops["v_cvt_pk_bf16_f32"]) == (arch == "gfx950")
         else:
