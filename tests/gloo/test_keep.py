@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.spawn import Pool, RanksFailed
 from torch import nn
 
@@ -30,7 +31,9 @@ def trained(rank: int, keep: int, settings: dict[str, Any]) -> tuple[list[torch.
     """Masters after three steps of two micro-batches, and bytes of gathers in the last step."""
     torch.manual_seed(0)
     layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU())]
-    model: Any = hierarchical_zero(nn.Sequential(*layers), topology="2x2", keep=keep, **settings)
+    model: Any = hierarchical_zero(
+        nn.Sequential(*layers), topology={2: "2", 4: "2x2"}[dist.get_world_size()], keep=keep, **settings
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):
         for micro in range(2):
@@ -42,19 +45,30 @@ def trained(rank: int, keep: int, settings: dict[str, Any]) -> tuple[list[torch.
     return [p.to_local().clone() for p in model.parameters()], gathered(model)
 
 
-@pytest.mark.parametrize("codegen", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("wire", ["fp32", "int8"])
-def test_bits_stay_and_bytes_go(ranks: Ranks, wire: str, codegen: bool) -> None:
+MOST = 2 * LAYERS - 1
+"""Gathers of a micro-batch, forward and backward, in which nobody asks for the gradient of the input."""
+LEFT = {ONE - 1: MOST, 2 * ONE: MOST - 2, LAYERS * ONE: LAYERS}
+"""keep -> gathers that are left."""
+
+
+@pytest.mark.parametrize(
+    ("wire", "codegen", "world", "keeps"),
+    [
+        ("fp32", False, 2, tuple(LEFT)),
+        ("int8", False, 4, (2 * ONE,)),
+        pytest.param("int8", True, 2, (2 * ONE,), marks=pytest.mark.slow),
+    ],
+)
+def test_bits_stay_and_bytes_go(ranks: Ranks, wire: str, codegen: bool, world: int, keeps: tuple[int, ...]) -> None:
     settings = {"plan": Plan.preset("zero3", gather=wire), "codegen": codegen}
-    pool = ranks(4)
+    pool = ranks(world)
     plain = pool.run(trained, 0, settings, timeout=300.0)
-    most = 2 * LAYERS - 1  # forward and backward, in which nobody asks for the gradient of the input
-    each = plain[0][1] // (2 * most)  # a layer's gather; two micro-batches
-    for keep, left in ((ONE - 1, most), (2 * ONE, most - 2), (LAYERS * ONE, LAYERS)):
+    each = plain[0][1] // (2 * MOST)  # a layer's gather; two micro-batches
+    for keep in keeps:
         for (weights, received), (right, _) in zip(
             pool.run(trained, keep, settings, timeout=300.0), plain, strict=True
         ):
-            assert received == 2 * left * each, (keep, received)
+            assert received == 2 * LEFT[keep] * each, (keep, received)
             assert all(torch.equal(a, b) for a, b in zip(weights, right, strict=True))
 
 

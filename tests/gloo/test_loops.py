@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.spawn import RanksFailed
 from support.training import batch, both, graphs, mlp, received, replicas, same, sgd, square, step, theirs, train, twins
 from torch import Tensor, nn
@@ -19,7 +21,26 @@ WORLD = 4
 TWO = pytest.mark.parametrize("mode", ["eager", "graph"])
 
 
+SMALLER = pytest.mark.parametrize(("mode", "world"), [("eager", WORLD), ("graph", 2)])
+"""For what has nothing to do with levels: a compile takes each rank a second or more."""
 LOSS = square(4, 7)
+_kept: dict[str, tuple[Any, nn.Module, dict[str, Tensor], dict[str, Tensor]]] = {}
+
+
+@contextlib.contextmanager
+def start(mode: str) -> Iterator[tuple[Any, nn.Module]]:
+    """(wrapped, dense): the mlp with its first weights. A pair serves one test after the other, so that its graphs are compiled once; one
+    in whose hands a test failed is not used again."""
+    if mode not in _kept:
+        pair = twins(mlp, mode)
+        _kept[mode] = (*pair, *({name: value.clone() for name, value in each.state_dict().items()} for each in pair))
+    model, dense, *states = kept = _kept.pop(mode)
+    for module, state in zip((model, dense), states, strict=True):
+        module.load_state_dict(state)
+        module.zero_grad()
+    model.set_requires_gradient_sync(True)
+    yield model, dense
+    _kept[mode] = kept
 
 
 class Branches(nn.Module):
@@ -57,9 +78,9 @@ def _branches(rank: int, mode: str) -> None:
     assert not model.zero.memory()["main"]
 
 
-@TWO
-def test_parameters_unused_in_a_step_or_used_in_an_early_micro_batch_only(ranks: Any, mode: str) -> None:
-    ranks(WORLD).run(_branches, mode)
+@SMALLER
+def test_parameters_unused_in_a_step_or_used_in_an_early_micro_batch_only(ranks: Any, mode: str, world: int) -> None:
+    ranks(world).run(_branches, mode)
 
 
 class Parted(nn.Module):
@@ -163,22 +184,22 @@ def test_f11_what_is_gathered_apart_may_differ(ranks: Any, plan: str) -> None:
 
 
 def _changing(rank: int, mode: str) -> None:
-    model, dense = twins(mlp, mode)
-    optimizers = sgd(model, dense)
-    number = 0
-    for micro in (1, 4, 2, 1, 3):
-        for k in range(micro):
-            both(model, dense, LOSS, number, sync=k == micro - 1)
-            number += 1
+    with start(mode) as (model, dense):
+        optimizers = sgd(model, dense)
+        number = 0
+        for micro in (1, 4, 2, 1, 3):
+            for k in range(micro):
+                both(model, dense, LOSS, number, sync=k == micro - 1)
+                number += 1
+            step(optimizers)
+            same(model, dense)
+        # The epoch ends in the middle of a window: its last micro-batch was not known to be the last.
+        for k in range(2):
+            both(model, dense, LOSS, number + k, sync=False)
+        assert all(p.grad is None for p in model.parameters())
+        both(model, dense, LOSS, number + 2)
         step(optimizers)
         same(model, dense)
-    # The epoch ends in the middle of a window: its last micro-batch was not known to be the last.
-    for k in range(2):
-        both(model, dense, LOSS, number + k, sync=False)
-    assert all(p.grad is None for p in model.parameters())
-    both(model, dense, LOSS, number + 2)
-    step(optimizers)
-    same(model, dense)
 
 
 @TWO
@@ -188,36 +209,36 @@ def test_f36_accumulation_steps_that_change_lose_no_micro_batch(ranks: Any, mode
 
 def _no_sync(rank: int) -> None:
     """The context manager is the setter; the phase is fixed at forward; zero_grad drops what was added up."""
-    model, dense = twins(mlp, "eager")
-    optimizers = sgd(model, dense)
-    with model.no_sync():
-        lost = LOSS(model, rank, 0)
-    lost.backward()
-    assert model.zero.memory()["main"] > 0
-    model.zero_grad()
-    assert not model.zero.memory()["main"]
-    with model.no_sync():
-        kept = LOSS(model, rank, 1)
-    kept.backward()
-    theirs(dense, LOSS, 1)
-    both(model, dense, LOSS, 2)
-    step(optimizers)
-    same(model, dense)
-    # A forward before the drop and its backward after it still counts: it is a new micro-batch's gradient.
-    with model.no_sync():
-        early = LOSS(model, rank, 3)
-    model.zero_grad()
-    early.backward()
-    theirs(dense, LOSS, 3)
-    both(model, dense, LOSS, 4)
-    step(optimizers)
-    same(model, dense)
-    try:
-        model.set_requires_gradient_sync(1)
-    except TypeError as error:
-        assert "True or False" in str(error)
-    else:
-        raise AssertionError("accepted 1")
+    with start("eager") as (model, dense):
+        optimizers = sgd(model, dense)
+        with model.no_sync():
+            lost = LOSS(model, rank, 0)
+        lost.backward()
+        assert model.zero.memory()["main"] > 0
+        model.zero_grad()
+        assert not model.zero.memory()["main"]
+        with model.no_sync():
+            kept = LOSS(model, rank, 1)
+        kept.backward()
+        theirs(dense, LOSS, 1)
+        both(model, dense, LOSS, 2)
+        step(optimizers)
+        same(model, dense)
+        # A forward before the drop and its backward after it still counts: it is a new micro-batch's gradient.
+        with model.no_sync():
+            early = LOSS(model, rank, 3)
+        model.zero_grad()
+        early.backward()
+        theirs(dense, LOSS, 3)
+        both(model, dense, LOSS, 4)
+        step(optimizers)
+        same(model, dense)
+        try:
+            model.set_requires_gradient_sync(1)
+        except TypeError as error:
+            assert "True or False" in str(error)
+        else:
+            raise AssertionError("accepted 1")
 
 
 def test_no_sync_and_zero_grad(ranks: Any) -> None:
@@ -229,27 +250,27 @@ def _two_forwards(rank: int, mode: str) -> None:
 
     One synchronising forward is enough for both gradients to arrive, whichever backward comes last.
     """
-    model, dense = twins(mlp, mode)
-    optimizers = sgd(model, dense)
-    for joint in (True, False):
-        for phases in ((True, True), (False, True), (True, False), (False, False)):
-            for turned in (False, True):
-                losses = []
-                for number, sync in enumerate(phases):
-                    model.set_requires_gradient_sync(sync)
-                    losses.append(LOSS(model, rank, number))
-                    theirs(dense, LOSS, number)
-                if turned:
-                    losses.reverse()
-                for loss in [losses[0] + losses[1]] if joint else losses:
-                    loss.backward()
-                if not any(phases):
-                    assert all(p.grad is None for p in model.parameters())
-                    model.set_requires_gradient_sync(True)
-                    LOSS(model, rank, 2).mul(0).backward()
-                assert not model.zero.memory()["main"]
-                step(optimizers)
-                same(model, dense)
+    with start(mode) as (model, dense):
+        optimizers = sgd(model, dense)
+        for joint in (True, False):
+            for phases in ((True, True), (False, True), (True, False), (False, False)):
+                for turned in (False,) if joint else (False, True):
+                    losses = []
+                    for number, sync in enumerate(phases):
+                        model.set_requires_gradient_sync(sync)
+                        losses.append(LOSS(model, rank, number))
+                        theirs(dense, LOSS, number)
+                    if turned:
+                        losses.reverse()
+                    for loss in [losses[0] + losses[1]] if joint else losses:
+                        loss.backward()
+                    if not any(phases):
+                        assert all(p.grad is None for p in model.parameters())
+                        model.set_requires_gradient_sync(True)
+                        LOSS(model, rank, 2).mul(0).backward()
+                    assert not model.zero.memory()["main"]
+                    step(optimizers)
+                    same(model, dense)
 
 
 @TWO
@@ -257,7 +278,52 @@ def test_two_forwards_before_their_backwards(ranks: Any, mode: str) -> None:
     ranks(WORLD).run(_two_forwards, mode)
 
 
+def _partial_grad(rank: int, mode: str) -> None:
+    """torch.autograd.grad with respect to the input leaves no trace on the parameters and communicates no gradient."""
+    with start(mode) as (model, dense):
+        x = batch(rank, 0, 4, 7).requires_grad_()
+        y = x.detach().clone().requires_grad_()
+        (mine,) = torch.autograd.grad(model(x).square().mean(), x)
+        (other,) = torch.autograd.grad(dense(y).square().mean(), y)
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
+        assert all(p.grad is None for p in model.parameters())
+        train(model, dense, LOSS, steps=2)
+
+
+@TWO
+def test_gradients_of_inputs_alone(ranks: Any, mode: str) -> None:
+    ranks(WORLD).run(_partial_grad, mode)
+
+
+def _nan(rank: int, mode: str) -> None:
+    """NaN on one rank's batch alone: every rank gets a NaN gradient, and takes the same decision."""
+    with start(mode) as (model, dense):
+        (optimizer,) = sgd(model)
+        x = batch(rank, 0, 4, 7)
+        if rank == WORLD - 1:
+            x[0, 0] = float("nan")
+        model(x).square().mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert not torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        replicas(model)
+        # every gradient is NaN on every rank that holds a row of it: no rank steps what another skips
+        assert all(p.grad.to_local().isnan().all() for p in model.parameters())
+        optimizer.zero_grad()  # all skip
+        train(model, dense, LOSS, steps=1)
+        x[0, 0] = float("nan")
+        model(x).square().mean().backward()
+        optimizer.step()  # of itself it skips too: tests/gloo/test_gradients.py
+        replicas(model)
+        same(model, dense)
+
+
+@TWO
+def test_f10_a_nan_gradient_of_one_rank_is_seen_by_all(ranks: Any, mode: str) -> None:
+    ranks(WORLD).run(_nan, mode)
+
+
 def _retain(rank: int, mode: str) -> None:
+    """Of graphs of its own: what is compiled in a backward that keeps nothing refuses, in torch, to run in one that does."""
     model, dense = twins(mlp, mode)
     optimizers = sgd(model, dense)
     loss = LOSS(model, rank, 0)
@@ -284,23 +350,6 @@ def _retain(rank: int, mode: str) -> None:
 @TWO
 def test_a_backward_twice_over_a_retained_graph(ranks: Any, mode: str) -> None:
     ranks(WORLD).run(_retain, mode)
-
-
-def _partial_grad(rank: int, mode: str) -> None:
-    """torch.autograd.grad with respect to the input leaves no trace on the parameters and communicates no gradient."""
-    model, dense = twins(mlp, mode)
-    x = batch(rank, 0, 4, 7).requires_grad_()
-    y = x.detach().clone().requires_grad_()
-    (mine,) = torch.autograd.grad(model(x).square().mean(), x)
-    (other,) = torch.autograd.grad(dense(y).square().mean(), y)
-    torch.testing.assert_close(mine, other, rtol=0, atol=1e-6)
-    assert all(p.grad is None for p in model.parameters())
-    train(model, dense, LOSS, steps=2)
-
-
-@TWO
-def test_gradients_of_inputs_alone(ranks: Any, mode: str) -> None:
-    ranks(WORLD).run(_partial_grad, mode)
 
 
 class Breaks(nn.Module):
@@ -332,36 +381,9 @@ def _exception(rank: int, mode: str) -> None:
         same(model, dense)
 
 
-@TWO
-def test_an_exception_in_a_forward_and_the_next_forward(ranks: Any, mode: str) -> None:
-    ranks(WORLD).run(_exception, mode)
-
-
-def _nan(rank: int, mode: str) -> None:
-    """NaN on one rank's batch alone: every rank gets a NaN gradient, and takes the same decision."""
-    model, dense = twins(mlp, mode)
-    (optimizer,) = sgd(model)
-    x = batch(rank, 0, 4, 7)
-    if rank == WORLD - 1:
-        x[0, 0] = float("nan")
-    model(x).square().mean().backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    assert not torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    replicas(model)
-    # every gradient is NaN on every rank that holds a row of it: no rank steps what another skips
-    assert all(p.grad.to_local().isnan().all() for p in model.parameters())
-    optimizer.zero_grad()  # all skip
-    train(model, dense, LOSS, steps=1)
-    x[0, 0] = float("nan")
-    model(x).square().mean().backward()
-    optimizer.step()  # of itself it skips too: tests/gloo/test_gradients.py
-    replicas(model)
-    same(model, dense)
-
-
-@TWO
-def test_f10_a_nan_gradient_of_one_rank_is_seen_by_all(ranks: Any, mode: str) -> None:
-    ranks(WORLD).run(_nan, mode)
+@SMALLER
+def test_an_exception_in_a_forward_and_the_next_forward(ranks: Any, mode: str, world: int) -> None:
+    ranks(world).run(_exception, mode)
 
 
 def _models(rank: int, mode: str) -> None:
@@ -385,16 +407,16 @@ def _models(rank: int, mode: str) -> None:
 
     for number, loss in enumerate((distil, against, distil, against)):
         loss(teacher, student, rank, number).backward()
-        for who in range(WORLD):
-            (loss(dense_teacher, dense_student, who, number) / WORLD).backward()
+        for who in range(dist.get_world_size()):
+            (loss(dense_teacher, dense_student, who, number) / dist.get_world_size()).backward()
         step(optimizers)
         for model, dense in pairs:
             same(model, dense)
 
 
-@TWO
-def test_several_models_in_one_process(ranks: Any, mode: str) -> None:
-    ranks(WORLD).run(_models, mode)
+@SMALLER
+def test_several_models_in_one_process(ranks: Any, mode: str, world: int) -> None:
+    ranks(world).run(_models, mode)
 
 
 def _evaluation(rank: int, mode: str) -> None:
