@@ -16,7 +16,7 @@ from zcompile import cost, hierarchical_zero
 from zcompile.backend import Compilation
 from zcompile.passes.nodes import COLLECTIVES, derived, find
 
-WORLD, WIDTH, ROWS, LAYERS = 4, 24, 32, 3
+WORLD, WIDTH, ROWS, LAYERS = 2, 24, 32, 2
 
 
 def policy(context: Any, op: Any, *args: Any, **keywords: Any) -> CheckpointPolicy:
@@ -60,7 +60,7 @@ def trained(rank: int, kind: str, mode: str) -> dict[str, Any]:
     """Three steps of two micro-batches."""
     torch.manual_seed(0)
     model: Any = hierarchical_zero(
-        Stack(kind), topology="2x2x1", plan="zero_topo", compile=mode != "eager", codegen=False
+        Stack(kind), topology="2x1x1", plan="zero_topo", compile=mode != "eager", codegen=False
     )
     saved: list[tuple[int, bool]] = []
     run = Compilation.half

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import pytest
+from support.commands import command
 
 
 def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -59,6 +60,12 @@ def test_trace_of_gpt_neox_20b_on_384_ranks() -> None:
     ],
 )
 def test_bad_arguments_are_named(arguments: tuple[str, ...], said: str) -> None:
-    result = run(*arguments)
+    code, _, error = command(0, *arguments)
+    assert code == 2
+    assert said in error and "Traceback" not in error
+
+
+def test_a_bad_argument_in_a_shell() -> None:
+    result = run("trace", "--model", "gpt-5")
     assert result.returncode == 2
-    assert said in result.stderr and "Traceback" not in result.stderr
+    assert "known shapes are gpt-neox-20b" in result.stderr and "Traceback" not in result.stderr

@@ -38,7 +38,12 @@ def profiled(rank: int, folder: str, codegen: bool, threads: bool = True) -> Non
     Compilation._numbers = itertools.count()
     torch.manual_seed(0)
     model = hierarchical_zero(
-        Tiny(2, 64), topology="2x2", plan="zero_topo", codegen=codegen, overlap=1, dump=f"{folder}/dump"
+        Tiny(1 if codegen else 2, 64),
+        topology="2x2",
+        plan="zero_topo",
+        codegen=codegen,
+        overlap=1,
+        dump=f"{folder}/dump",
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
