@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.commands import TIMEOUT, command, run
+from support.patches import replaced
 from support.spawn import Pool, RanksFailed
 
 from zcompile.debug import views
@@ -209,16 +209,18 @@ def test_a_dump_that_is_not_all_is_said_to_be(paper: Pool, tmp_path: Path) -> No
     assert code == 1 and "is not all: OSError: [Errno 28] No space left on device" in error, error
 
 
-@pytest.mark.slow
-def test_without_bokeh_the_rest_is_written(tmp_path: Path) -> None:
-    code = (
-        "import importlib.util as u, sys; real = u.find_spec; u.find_spec = lambda n, *a: None if n == 'bokeh' else real(n, *a);"
-        "from zcompile.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    arguments = ["dump", "tiny", "--topology", "2x2x2", "--sequence", "4", "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.returncode == 0, done.stderr
-    assert "no report.html: it needs bokeh (pip install 'zcompile[report]')" in done.stderr
+def without_bokeh(_: int, *arguments: str) -> tuple[int, str, str]:
+    """The command where Python finds no bokeh."""
+    real = importlib.util.find_spec
+    with replaced(importlib.util, "find_spec", lambda name, *rest: None if name == "bokeh" else real(name, *rest)):
+        return command(0, *arguments)
+
+
+def test_without_bokeh_the_rest_is_written(paper: Pool, tmp_path: Path) -> None:
+    arguments = ("dump", "tiny", "--topology", "2x2x2", "--sequence", "4", "--out", str(tmp_path))
+    code, _, error = paper.run(without_bokeh, *arguments, timeout=TIMEOUT)[0]
+    assert code == 0, error
+    assert "no report.html: it needs bokeh (pip install 'zcompile[report]')" in error
     assert {path.name for path in tmp_path.iterdir()} == {
         "rank0",
         "ledger.json",

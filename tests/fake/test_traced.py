@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -30,7 +32,8 @@ def both(_: int, plan: Any, k: int) -> tuple[Any, Any]:
         dist.destroy_process_group()
     torch._dynamo.reset()
     topology = Topology.parse("2x2x2")
-    workload = of_text("gpt-4m")
+    with mock.patch.dict(SHAPES, {"half of gpt-4m": replace(SHAPES["gpt-4m"], layers=2)}):
+        workload = of_text("half of gpt-4m")
     skeleton = play(of_skeleton(Skeleton(workload, plan.resolve(topology, "bfloat16"), 2), k), k)
     real, _ = simulate(workload, plan, 2, topology, Request(micro_batches=k), torch.bfloat16)
     return tuple((found.received, found.flops, found.seconds, found.bytes, found.memory) for found in (skeleton, real))  # type: ignore[return-value]
