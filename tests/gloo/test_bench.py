@@ -42,33 +42,32 @@ def test_systems_side_by_side_train_the_same(tmp_path: Path) -> None:
     own.write_text(OWN)
     names = f"fsdp2 own={own}:make zc:zero_topo,compute=fp32,codegen=False"
     target, picture = tmp_path / "found.json", tmp_path / "found.png"
-    done = bench("--model", "tiny", "--topology", "2x2", "--steps", "2", "--repetitions", "2", "--systems", names,
+    done = bench("--model", "tiny", "--topology", "2", "--steps", "2", "--repetitions", "1", "--systems", names,
                  "--json", str(target), "--chart", str(picture))  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(target.read_text())
     rows = found["systems"]
     assert list(rows) == ["fsdp2", "own", "zc:zero_topo,compute=fp32,codegen=False"]
-    assert [run["system"] for run in found["runs"]] == 2 * found["order"], "A B C, then A B C again"
     for row in rows.values():
-        assert row["loss"] == pytest.approx(rows["own"]["loss"], abs=1e-4) and row["runs"] == 2
+        assert row["loss"] == pytest.approx(rows["own"]["loss"], abs=1e-4)
         assert row["seconds"] > 0 and row["peak_bytes"] > 0 and row["ratio"] >= 1
-        assert row["bytes"]["node"] > 0 and row["bytes"]["cluster"] > 0 and row["messages"]["node"]["messages"] > 0
-    assert found["tokens_per_step"] == 4 * 32 and found["fastest"] in rows and found["fastest"] in done.stdout
+        assert row["bytes"]["cluster"] > 0 and row["messages"]["cluster"]["messages"] > 0
+    assert found["tokens_per_step"] == 2 * 32 and found["fastest"] in rows and found["fastest"] in done.stdout
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
-def test_a_system_that_does_not_start_is_said_and_the_others_run(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_system_that_does_not_start_is_said_and_the_others_run_again(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(OWN)
-    done = bench("--model", "tiny", "--topology", "2", "--steps", "1", "--repetitions", "1", "--json", "-",
+    done = bench("--model", "tiny", "--topology", "2", "--steps", "1", "--repetitions", "2", "--json", "-",
                  "--systems", f"ddp bad={own}:broken")  # fmt: skip
     assert done.returncode == 1
-    rows = json.loads(done.stdout)["systems"]
-    assert (
-        rows["bad"] == {"runs": 0, "error": "ValueError: this one does not start"}
-        or "does not start" in rows["bad"]["error"]
-    )
-    assert rows["ddp"]["runs"] == 1
+    found = json.loads(done.stdout)
+    assert [run["system"] for run in found["runs"]] == 2 * found["order"], "A B, then A B again"
+    rows = found["systems"]
+    assert rows["bad"] == {"runs": 0, "error": "ValueError: this one does not start"}
+    assert rows["ddp"]["runs"] == 2
 
 
 def spaces() -> set[str]:
@@ -77,11 +76,58 @@ def spaces() -> set[str]:
     return {line.split()[0] for line in listed.splitlines() if line.strip()}
 
 
+SENDER = """
+import os, socket, sys, time
+
+rank, sizes = int(os.environ["RANK"]), {1: 1_000_000, 2: 2_000_000, 4: 3_000_000}  # to the other of a pair, of a node, to another node
+address = lambda rank: ("127.0.0.1" if rank < 2 else f"10.77.{rank // 4}.{rank % 4 // 2 + 1}", 23456)
+if rank in sizes:
+    with socket.create_server(("", 23456)) as server:
+        line, _ = server.accept()
+        with line:
+            while line.recv(1 << 16):
+                pass
+            line.sendall(b"all")
+for to in sizes if rank == 0 else ():
+    for attempt in range(600):  # the other one may not be there yet
+        try:
+            line = socket.create_connection(address(to))
+            break
+        except OSError:
+            time.sleep(0.05)
+    begin = time.monotonic()
+    with line:
+        line.sendall(bytes(sizes[to]))
+        line.shutdown(socket.SHUT_WR)
+        assert line.recv(3) == b"all"
+    print(to, time.monotonic() - begin, flush=True)
+"""
+
+
+@pytest.mark.skipif(bool(network.missing()), reason=network.missing())
+def test_a_shaped_network_limits_and_counts(tmp_path: Path) -> None:
+    """What crosses each level, counted and held up there: a lower bound of time, which a busy machine only passes by more."""
+    before = spaces()
+    try:
+        with network.Shaped((2, 2, 2), 200, 50) as shaped:
+            began = shaped.counters()
+            assert shaped.run([sys.executable, "-c", SENDER], {}, tmp_path / "log", 60), (tmp_path / "log").read_text()
+            carried = {level: amount - began[level] for level, amount in shaped.counters().items()}
+    except network.NetworkError as error:
+        pytest.skip(f"this kernel has no such network: {error}")
+    assert spaces() == before, "it takes its network down"
+    for level, amount in {"pair": 1e6, "node": 2e6, "cluster": 3e6}.items():
+        assert amount < carried[level] < 1.2 * amount, carried
+    seconds = dict(map(float, line.split()) for line in (tmp_path / "log").read_text().splitlines())
+    bursts = 2 * 2**18  # pass at once: one for each link on the way
+    assert seconds[2] > (2e6 - bursts) / 25e6 and seconds[4] > (3e6 - 2 * bursts) / 6.25e6, seconds
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(bool(network.missing()), reason=network.missing())
-def test_a_shaped_network_limits_and_counts() -> None:
+def test_systems_over_a_shaped_network() -> None:
     before = spaces()
-    done = bench("--model", "tiny", "--topology", "2x2x2", "--steps", "2", "--repetitions", "1", "--mbit", "200,50", "--json", "-",
+    done = bench("--model", "tiny", "--topology", "1x2x2", "--steps", "2", "--repetitions", "1", "--mbit", "200,50", "--json", "-",
                  "--systems", "ddp zc:zero_topo,codegen=False")  # fmt: skip
     if done.returncode == 2 and "` failed: " in done.stderr:
         pytest.skip(f"this kernel has no such network: {done.stderr.strip()[-200:]}")
@@ -93,8 +139,8 @@ def test_a_shaped_network_limits_and_counts() -> None:
         and waits["cluster"] + waits["refresh"] > 0
         and not rows["ddp"]["exposed"]
     )
-    assert all(rows["ddp"]["bytes"][level] > 0 for level in ("pair", "node", "cluster"))
-    assert ours["cluster"] < rows["ddp"]["bytes"]["cluster"], "a quarter of the gradient crosses nodes, not all of it"
+    assert all(rows["ddp"]["bytes"][level] > 0 for level in ("node", "cluster"))
+    assert ours["cluster"] < rows["ddp"]["bytes"]["cluster"], "half of the gradient crosses nodes, not all of it"
     assert spaces() == before, "it takes its network down"
 
 

@@ -11,6 +11,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -165,11 +166,14 @@ def run_here(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
 
 
 def reason(log: Path) -> str:
-    """The error in the ranks' output that says most: the first that is not about a connection that another rank's death closed."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """The error in the ranks' output that says most: the first that is not about a connection that another rank's death closed, and of its
+    trace the line that names it."""
+    lines = [re.sub(r"^\[rank\d+\]:\s*", "", line.strip()) for line in log.read_text(errors="replace").splitlines()]
+    lines = [line for line in lines if line]
     errors = [line for line in lines if "Error" in line or "Exception" in line]
     own = [line for line in errors if "Connection" not in line and "File" not in line]
-    return (own or errors or lines or [f"no output, or not over after {TIMEOUT:g} s"])[0][:400]
+    named = [line for line in own if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (named or own or errors or lines or [f"no output, or not over after {TIMEOUT:g} s"])[0][:400]
 
 
 def run_launched(arguments: argparse.Namespace, say: Any, done: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
