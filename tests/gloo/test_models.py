@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -12,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.training import Loss, both, graphs, mlp, received, same, sgd, square, step, tokens, train, trained, twins
 from torch import Tensor, nn
 
 from zcompile import cost, coverage
 from zcompile.backend import Compilation
 from zcompile.cli import main
+from zcompile.topology import Topology
 
 WORLD = 4
 TWO = pytest.mark.parametrize("mode", ["eager", "graph"])
@@ -62,25 +65,25 @@ def gathers(model: Any) -> list[int]:
     return found
 
 
-def _tied(rank: int, mode: str, freeze: str) -> None:
+def _tied(rank: int, mode: str, freeze: str, micro: int) -> None:
     model, dense = twins(lambda: Tied(freeze), mode)
     assert len(model.zero.slots) == 2 and sum(p.numel() for p in model.parameters()) == 11 * 6 + 36
     assert model.table.weight is model.head.weight and model.one is model.other
-    train(model, dense, words_loss, micro=2)
+    train(model, dense, words_loss, micro=micro)
     assert set(model.state_dict()) == {"table.weight", "head.weight", "one", "other"}
     one_each = {level: bytes_ for level, bytes_ in received(model, "gather").items()}
     padded = sum(slot.spec.layout.shard * slot.spec.layout.shards for slot in model.zero.slots)
-    if mode == "graph":  # one gather of each parameter, each way, of each of two micro-batches
-        assert gathers(model) == [2, 2, 2, 2]
-        assert sum(one_each.values()) == 2 * 2 * padded * 4 // 2  # half of it is at home (W = node, of two)
+    if mode == "graph":  # one gather of each parameter, each way, of each micro-batch
+        assert gathers(model) == [2, 2] * micro
+        assert sum(one_each.values()) == 2 * micro * padded * 4 // 2  # half of it is at home (W = node, of two)
     reduced = sum(received(model, "reduce").values())
-    assert reduced == 2 * padded * 4 // 2, "gradients of tied uses travel once a micro-batch"
+    assert reduced == micro * padded * 4 // 2, "gradients of tied uses travel once a micro-batch"
 
 
 @TWO
 @pytest.mark.parametrize("freeze", ["", "table", "head"])
 def test_f24_tied_weights_and_one_frozen_use(ranks: Any, mode: str, freeze: str) -> None:
-    ranks(WORLD).run(_tied, mode, freeze)
+    ranks(WORLD).run(_tied, mode, freeze, 1 if freeze and mode == "graph" else 2)
 
 
 class Cell(nn.Module):
@@ -242,8 +245,7 @@ def _lora(rank: int, mode: str, r: int) -> None:
     assert all(unit.seen == copies[unit] for unit in base), "not refreshed for a step of others"
 
 
-@TWO
-@pytest.mark.parametrize("r", [1, 8])
+@pytest.mark.parametrize(("r", "mode"), [(1, "eager"), (8, "eager"), (1, "graph")])
 def test_f25_adapters_in_fp32_on_a_frozen_bf16_base(ranks: Any, mode: str, r: int) -> None:
     ranks(WORLD).run(_lora, mode, r)
 
@@ -337,12 +339,14 @@ def _breaks(rank: int, mode: str) -> None:
     if mode != "eager":
         assert graphs(model).count("forward") >= 4, graphs(model)
     # its ledger still adds up: eager transfers and graphs together
-    assert received(model, "gather") and received(model, "reduce") and received(model, "sync")
+    assert received(model, "gather") and received(model, "reduce")
+    assert bool(received(model, "sync")) == (dist.get_world_size() > 2)
 
 
-@TWO
-def test_f26_graph_breaks_and_modules_left_uncompiled(ranks: Any, mode: str) -> None:
-    ranks(WORLD).run(_breaks, mode)
+@pytest.mark.parametrize(("mode", "world"), [("eager", WORLD), ("graph", 2)])
+def test_f26_graph_breaks_and_modules_left_uncompiled(ranks: Any, mode: str, world: int) -> None:
+    """Of each graph's sync, which needs a second level, tests/fake/test_dump_books.py has the books."""
+    ranks(world).run(_breaks, mode)
 
 
 def _full_graph(rank: int) -> str:
@@ -362,20 +366,20 @@ def test_f26_fullgraph_refuses_a_break_with_its_reason(ranks: Any) -> None:
 # -- transformers --------------------------------------------------------------------------------------------------------------------
 
 
-def neox() -> nn.Module:
+def neox(layers: int = 2) -> nn.Module:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     return GPTNeoXForCausalLM(GPTNeoXConfig(
-        vocab_size=53, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=16,
+        vocab_size=53, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24, max_position_embeddings=16,
         use_cache=False, attn_implementation="eager",
     ))  # fmt: skip
 
 
-def llama() -> nn.Module:
+def llama(layers: int = 2) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=53, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
+        vocab_size=53, hidden_size=16, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
         max_position_embeddings=16, use_cache=False, tie_word_embeddings=True,
     ))  # fmt: skip
 
@@ -439,32 +443,31 @@ def _trains(rank: int, mode: str, topology: str, make: Callable[[], nn.Module], 
         assert found["share"] == 1.0 and found["breaks"] == [] and not found["eager"]
 
 
-PEOPLE = {
-    "demo": (demo, following),
-    "neox": (neox, language),
-    "llama": (llama, language),
-    "t5": (t5, language),
-    "mixtral": (mixtral, language),
+PEOPLE: dict[str, tuple[Callable[[], nn.Module], Loss, str, str, int]] = {
+    "demo": (demo, following, "2x2", "2x2x2", 2),
+    "neox": (neox, language, "2", "2x2", 2),
+    "llama": (llama, language, "2x2", "4", 1),
+    "t5": (t5, language, "2", "2x2", 1),
+    "mixtral": (mixtral, language, "2", "4", 1),
 }
-MESHES = ("2x2x2", "4x2")
+"""name -> (model, loss, mesh of the compiled run, mesh of the one in eager torch, kinds of micro-batches)"""
+QUICK = [name if name == "neox" else pytest.param(name, marks=pytest.mark.slow) for name in PEOPLE]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PEOPLE)
-def test_models_of_others_train_on_both_meshes(ranks: Any, name: str) -> None:
-    """Compiled on the one, in eager torch on the other, in turn; the first two with two kinds of micro-batches."""
-    place = list(PEOPLE).index(name)
-    turn, micro = place % 2, 2 if place < 2 else 1
-    for mode, topology in zip(("graph", "eager"), (MESHES[turn], MESHES[1 - turn]), strict=True):
-        ranks(8).run(_trains, mode, topology, *PEOPLE[name], micro, timeout=500)
+def test_models_of_others_train_compiled(ranks: Any, name: str) -> None:
+    make, loss, mesh, _, micro = PEOPLE[name]
+    ranks(Topology.parse(mesh).world_size).run(_trains, "graph", mesh, make, loss, micro, timeout=500)
 
 
-@pytest.mark.parametrize("name", ["neox", "llama"])
-def test_transformers_models_train_in_eager_torch(ranks: Any, name: str) -> None:
-    ranks(WORLD).run(_trains, "eager", "2x2", *PEOPLE[name], 2, timeout=200)
+@pytest.mark.parametrize("name", QUICK)
+def test_models_of_others_train_in_eager_torch(ranks: Any, name: str) -> None:
+    make, loss, _, mesh, micro = PEOPLE[name]
+    ranks(Topology.parse(mesh).world_size).run(_trains, "eager", mesh, make, loss, micro, timeout=200)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["neox", "llama"])
-def test_transformers_models_train_through_inductor(ranks: Any, name: str) -> None:
-    ranks(2).run(_trains, "code", "2", *PEOPLE[name], 1, timeout=500)
+@pytest.mark.parametrize("make", [neox, llama])
+def test_transformers_models_train_through_inductor(ranks: Any, make: Callable[..., nn.Module]) -> None:
+    ranks(2).run(_trains, "code", "2", functools.partial(make, 1), language, 1, timeout=500)
