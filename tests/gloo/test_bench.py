@@ -60,7 +60,7 @@ def test_systems_side_by_side_train_the_same(tmp_path: Path) -> None:
 def test_a_system_that_does_not_start_is_said_and_the_others_run_again(tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(OWN)
-    done = bench("--model", "tiny", "--topology", "2", "--steps", "1", "--repetitions", "2", "--json", "-",
+    done = bench("--model", "tiny", "--topology", "1", "--steps", "1", "--repetitions", "2", "--json", "-",
                  "--systems", f"ddp bad={own}:broken")  # fmt: skip
     assert done.returncode == 1
     found = json.loads(done.stdout)
