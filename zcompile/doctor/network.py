@@ -125,7 +125,9 @@ def plugin(recording: Recording) -> Iterator[Finding]:
     elif all(tuple(int(part) for part in text.split(".")) >= OLDEST_PLUGIN for text in said):
         yield Finding(check, "ok", ", ".join(said), wanted, "", OLCF_PYTORCH)
     else:
-        yield Finding(check, "warn", ", ".join(said), wanted, f"{newest}: it is what is maintained for Slingshot", OLCF_PYTORCH)
+        yield Finding(
+            check, "warn", ", ".join(said), wanted, f"{newest}: it is what is maintained for Slingshot", OLCF_PYTORCH
+        )
 
 
 def rendezvous(recording: Recording) -> Iterator[Finding]:
@@ -156,10 +158,19 @@ def caches(recording: Recording) -> Iterator[Finding]:
         advice = f"export {name}=/tmp/$USER-$SLURM_JOB_ID (or a local disk): "
         right, source = "a folder of the node's own", OLCF_PYTORCH if name in _MIOPEN else LUMI_AI
         if value is not None and kind in _SHARED:
-            yield Finding(name, "warn", f"{value} on {kind}", right, f"{advice}{kind} lacks the locking and is slow for small files", LUMI_AI)
+            yield Finding(
+                name,
+                "warn",
+                f"{value} on {kind}",
+                right,
+                f"{advice}{kind} lacks the locking and is slow for small files",
+                LUMI_AI,
+            )
         elif value is None and needed and kind in _SHARED:
             seen = f"not set: {default} on {kind}"
-            yield Finding(name, "warn", seen, right, f"{advice}{kind} lacks the locking and is slow for small files", source)
+            yield Finding(
+                name, "warn", seen, right, f"{advice}{kind} lacks the locking and is slow for small files", source
+            )
         elif value is None and name in _MIOPEN and needed and recording.multi_node and not kind:
             advice += "the home folder, which MIOpen takes else, is one for all nodes and lacks the locking"
             yield Finding(name, "warn", f"not set: {default}", right, advice, source)

@@ -43,7 +43,7 @@ class Seat:
 @dataclass(frozen=True)
 class Host:
     """One node: network interfaces, table of MI250X pairs, network plugins found, file systems of the caches ("lustre", ...; where a
-    variable is not set, of the folder that is taken instead), cores (0: not known), what the first plugin says its version is ("": nothing)."""
+    variable is not set, of the folder that is taken instead), cores (0: not known), version of the first plugin ("": it does not say)."""
 
     interfaces: tuple[str, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
