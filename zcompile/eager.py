@@ -171,6 +171,7 @@ def keep_wholes_out(call: Any) -> Iterator[None]:
     frozen weight nothing is recorded of that, and its casts are saved).
     """
 
+    @torch.compiler.disable  # see Note [Frames that Dynamo gives up]
     def pack(tensor: Tensor) -> Tensor | _Saved:
         found = call.wholes.get(tensor.untyped_storage()._cdata)
         if found is not None and tensor.dtype == transfers.dtype(found[1].spec.compute):
@@ -178,6 +179,7 @@ def keep_wholes_out(call: Any) -> Iterator[None]:
         slot = _cast_of(tensor)
         return tensor if slot is None else _Saved(slot, tensor)
 
+    @torch.compiler.disable
     def unpack(saved: Tensor | _Saved) -> Tensor:
         if isinstance(saved, Tensor):
             return saved

@@ -187,7 +187,9 @@ class Engine:
             self._copy_sums.pop(unit, None)
         self.traffic.refreshed(old, full)
         self._check_fresh()
-        partly = bool(self.reads.eager)  # of the forward before: a compiled one has nothing to keep out, and no hook to pay for
+        partly = bool(
+            self.reads.eager
+        )  # of the forward before: a compiled one has nothing to keep out, and no hook to pay for
         self.reads = Reads()
         call = Call(self, phase)
         call.open()

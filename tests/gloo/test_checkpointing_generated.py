@@ -104,6 +104,25 @@ def test_requirement_18_checkpointing_through_generated_code(ranks: Any) -> None
                 assert row["predicted"] == row["compiled"] == row["counted"]
 
 
+def resized(rank: int, kind: str) -> tuple[list[float], dict[str, Tensor]]:
+    """Sizes that change between steps: from the second on they are symbols in the graphs."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model: Any = hierarchical_zero(Stack(kind), topology="2", plan="zero3", codegen=False)
+    return two_steps(model, lambda m, n: m(batch(rank, n, ROWS + 8 * n, WIDTH)).square().mean())
+
+
+@pytest.mark.slow
+def test_selective_checkpointing_with_sizes_that_change(ranks: Any) -> None:
+    plain = ranks(2).run(resized, "none", timeout=100.0)
+    for (losses, state), (expected, other) in zip(
+        ranks(2).run(resized, "selective", timeout=100.0), plain, strict=True
+    ):
+        assert losses == expected
+        for name, value in other.items():
+            assert torch.equal(state[name], value), name
+
+
 def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
