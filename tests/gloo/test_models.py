@@ -243,7 +243,7 @@ def _lora(rank: int, mode: str, r: int) -> None:
 
 
 @TWO
-@pytest.mark.parametrize("r", [1, 8])
+@pytest.mark.parametrize("r", [1, 8, 16, 32])
 def test_f25_adapters_in_fp32_on_a_frozen_bf16_base(ranks: Any, mode: str, r: int) -> None:
     ranks(WORLD).run(_lora, mode, r)
 
