@@ -53,7 +53,7 @@ def stays(propagator: Any, schema: Any) -> Any:
     meta = propagator._propagate_tensor_meta_non_cached(schema)
     if isinstance(tensors[0], DTensorSpec):
         like = tensors[0]
-        if not hasattr(meta, "shape") or meta.shape != like.tensor_meta.shape:
+        if like.tensor_meta is None or getattr(meta, "shape", None) != like.tensor_meta.shape:
             return None
         return OutputSharding(like.shallow_copy_with_tensor_meta(meta))
     if meta is None:  # in place
