@@ -44,11 +44,15 @@ from torch.distributed._functional_collectives import (
 )  # read from torch 2.13
 from torch.distributed.checkpoint._traverse import set_element  # read from torch 2.13
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec  # read from torch 2.11 and 2.13
+from torch.distributed.tensor._op_schema import OutputSharding  # read from torch 2.11 and 2.13
 from torch.utils._python_dispatch import TorchDispatchMode  # read from torch 2.13
 
 __all__ = [
+    "DTensorSpec",
     "FakeTensorMode",
     "HashStore",
+    "OutputSharding",
     "PrefixStore",
     "Store",
     "TCPStore",
@@ -67,6 +71,7 @@ __all__ = [
     "run_with_rng_state",
     "set_element",
     "set_group_timeout",
+    "sharding_propagator",
     "unregister_group",
     "unwaited_work",
 ]
@@ -93,6 +98,12 @@ def unregister_group(name: str) -> None:
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The group registered under `name`; RuntimeError of torch if there is none."""
     return _resolve_process_group(cast(Any, name))
+
+
+def sharding_propagator() -> Any:
+    """What finds the placements of an operation over DTensors in this process: by `propagate_op_sharding_non_cached` for what it has not
+    met. Read from torch 2.11 and 2.13."""
+    return DTensor._op_dispatcher.sharding_propagator
 
 
 def unwaited_work() -> int:

@@ -90,6 +90,7 @@ class Call:
         self.started = True
         self.engine.backward = self
         self.engine.traffic.start(evaluation=False)
+        self.engine.look_at_gradients()
         for unit, then, now in zip(self.engine.units, self.versions, self.engine.versions(), strict=True):
             if then != now:
                 raise RuntimeError(

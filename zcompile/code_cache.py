@@ -39,12 +39,22 @@ def loaded_or_made(make: Callable[[], T]) -> T:
     try:
         return make()
     except Exception as error:
-        if code_cache_misses() != before:  # it did not find anything: the error is one of generating
+        if code_cache_misses() != before and not _cannot_be_loaded(error):  # the error is one of generating
             raise
         _leave(
             f"has an entry that cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         )
         return make()
+
+
+def _cannot_be_loaded(error: BaseException | None) -> bool:
+    """Whether it comes of a library in the cache, which has entries of its own: cut short where whoever wrote it was killed."""
+    while error is not None:
+        # a missing file or compiler has an errno; what the dynamic loader says has none
+        if isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno is None):
+            return True
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    return False
 
 
 def _leave(reason: str) -> None:

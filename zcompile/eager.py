@@ -40,7 +40,7 @@ class _Reads:
 class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, slot: Slot, call: Any, reads: _Reads | None) -> Tensor:
-        ctx.call, ctx.reads = call, reads
+        ctx.call, ctx.reads, ctx.slot = call, reads, slot
         return whole(slot, call)
 
     @staticmethod
@@ -138,31 +138,53 @@ def _settle(call: Any, reads: _Reads) -> Tensor | None:
 
 
 class _Saved:
-    """Stands in for a view of a whole weight among saved tensors: how to see the weight that way again."""
+    """Stands in for a view of a whole weight, or of a cast of one, among saved tensors: how to see the weight that way again."""
 
     def __init__(self, slot: Slot, tensor: Tensor):
         self.slot, self.size, self.stride, self.offset = slot, tensor.size(), tensor.stride(), tensor.storage_offset()
         self.dtype = tensor.dtype
 
 
+_MOVES_NOTHING = {f"{kind}Backward0" for kind in ("T", "Transpose", "Permute", "View", "UnsafeView", "Alias")}
+"""Views after which a cast has its elements in the order in which the weight has them in memory."""
+
+
+def _cast_of(tensor: Tensor) -> Slot | None:
+    """The parameter whose whole weight `tensor` is a cast of, or a view of such a cast. A cast keeps the order in memory."""
+    cast = tensor if tensor._base is None else tensor._base
+    node: Any = cast.grad_fn
+    if node is None or node.name() != "ToCopyBackward0":
+        return None
+    node = node.next_functions[0][0]
+    while node is not None and node.name() in _MOVES_NOTHING:
+        node = node.next_functions[0][0]
+    slot = getattr(node, "slot", None)
+    same = isinstance(slot, Slot) and cast.numel() == slot.spec.layout.numel and cast.device == slot.unit.copy.device
+    return slot if same and cast.untyped_storage().nbytes() == cast.numel() * cast.itemsize else None
+
+
 @contextlib.contextmanager
 def keep_wholes_out(call: Any) -> Iterator[None]:
-    """Inside, autograd saves no gathered weight: a note instead, and the backward gathers again.
+    """Inside, autograd saves no gathered weight and no cast of one: a note instead, and the backward gathers again.
 
-    A saved tensor is recognised by its storage. The weak reference keeps the storage's address from being used again.
+    A saved tensor is recognised by its storage, whose address the weak reference keeps from being used again; a cast by what made it (of a
+    frozen weight nothing is recorded of that, and its casts are saved).
     """
 
+    @torch.compiler.disable  # see Note [Frames that Dynamo gives up]
     def pack(tensor: Tensor) -> Tensor | _Saved:
         found = call.wholes.get(tensor.untyped_storage()._cdata)
-        if found is None or tensor.dtype != transfers.dtype(found[1].spec.compute):
-            return tensor
-        return _Saved(found[1], tensor)
+        if found is not None and tensor.dtype == transfers.dtype(found[1].spec.compute):
+            return _Saved(found[1], tensor)
+        slot = _cast_of(tensor)
+        return tensor if slot is None else _Saved(slot, tensor)
 
+    @torch.compiler.disable
     def unpack(saved: Tensor | _Saved) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
         call.start()
-        return whole(saved.slot, call).as_strided(saved.size, saved.stride, saved.offset)
+        return whole(saved.slot, call).to(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

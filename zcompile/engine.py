@@ -24,6 +24,7 @@ from zcompile.eager import keep_wholes_out
 from zcompile.faults.checksums import ChecksumError, checksum
 from zcompile.launches import Launches
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC
+from zcompile.origins import Origins
 from zcompile.params import MASTER, Slot, Unit, build
 from zcompile.plan import ResolvedPlan
 from zcompile.refresh import Refresher
@@ -132,6 +133,9 @@ class Engine:
         """(stage, lowered graph) of what is compiled; kept where somebody put a list here (zcompile.planner.traced)."""
         self._checksums: dict[Unit, Tensor] = {}
         self._copy_sums: dict[Unit, Tensor] = {}
+        self.origins = Origins()
+        self.stepped = False
+        """Whether an optimizer has stepped since the last backward began."""
         self.losses: list[Tensor] = []
         """What training forwards returned since the last step, where it was one number."""
         self.reads = Reads()
@@ -156,7 +160,9 @@ class Engine:
         """Before a forward: agree with the other ranks, launch stale refreshes, make the leaves, open the weights for reading.
 
         Args:
-            eager: no compiler is at work; whole weights are then kept out of what autograd saves.
+            eager: no compiler is at work.
+
+        Whole weights that eager code reads are kept out of what autograd saves; in parts of a compiled model from the second forward on.
 
         Returns:
             what `end` or `abandon` puts back.
@@ -181,11 +187,17 @@ class Engine:
             self._copy_sums.pop(unit, None)
         self.traffic.refreshed(old, full)
         self._check_fresh()
+        partly = bool(
+            self.reads.eager
+        )  # of the forward before: a compiled one has nothing to keep out, and no hook to pay for
         self.reads = Reads()
         call = Call(self, phase)
         call.open()
         before = _Before(READING.engine, READING.phase, self.call, contextlib.ExitStack())
-        before.contexts.enter_context(keep_wholes_out(call) if eager else many_graphs())
+        if eager or partly:
+            before.contexts.enter_context(keep_wholes_out(call))
+        if not eager:
+            before.contexts.enter_context(many_graphs())
         READING.engine, READING.phase, self.call = self.key, phase, call
         return before
 
@@ -321,6 +333,16 @@ class Engine:
         """Forget what micro-batches have added up since the last sync (`model.zero_grad()`)."""
         self.window.closed = True
         self.window = Window()
+        self.origins.clear()
+
+    def look_at_gradients(self) -> None:
+        """A backward of this model begins: what it sends is looked at, unless that is not asked for or done more thoroughly."""
+        begun = self.window.mains or any(slot.master.grad is not None for slot in self.slots)
+        if self.stepped or not begun:  # gradients may also have been given up without a step
+            self.origins.clear()
+            self.stepped = False
+        asked = self.options.nonfinite != "ignore" and not self.options.checks
+        self.runtime.look_at_gradients(self.origins if asked else None)
 
     def agree_on(self, program: Any) -> None:
         """Before a compiled graph runs: every rank is about to run one with the same ordered collective list."""

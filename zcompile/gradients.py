@@ -140,35 +140,72 @@ def _agreed(engine: Engine, slots: Sequence[Slot]) -> bool:
         int(bool(engine.losses) and not bool(torch.isfinite(torch.cat(engine.losses)).all())),
     ]
     engine.losses.clear()
+    engine.stepped = True
     for slot in watched:
         assert slot.flag is not None
         slot.flag.zero_()
     launched, rows = engine.launches.split(engine.runtime.agreement.exchange(words, step="an optimizer's step"))
     engine.launches.check(launched)
-    worst = max(row[0] for row in rows)
-    if not worst:
+    if not any(row[0] for row in rows):
         return False
     engine.skipped += 1
     for slot in engine.slots:
         for state in slot.errors.values():
             if not bool(torch.isfinite(state).all()):
                 state.zero_()  # what an error feedback has of this gradient would come back with the next one
-    text = f"the gradient of {engine.slots[worst - 1].name!r} is not finite"
-    first = max(row[1] for row in rows)
-    lost = [rank for rank, row in enumerate(rows) if row[2]]
-    if first:
-        rank = next(rank for rank, row in enumerate(rows) if row[1] == first)
-        text = f"the gradient of {engine.slots[first - 1].name!r} is not finite, first on rank {rank}"
-    elif not lost:
-        owner = next(rank for rank, row in enumerate(rows) if row[0] == worst)
-        text += f" in the shard of rank {owner} (the option checks=True says on which rank it arose)"
-    if lost:
-        text += f"; neither was the loss of rank {lost[0]}" + (f" and of {len(lost) - 1} more" if lost[1:] else "")
+    text = _text(engine, slots, rows)
     if engine.options.nonfinite == "raise":
         raise FloatingPointError(f"zcompile: {text}")
     if engine.runtime.rank == 0:
         print(f"zcompile: step skipped on all ranks ({engine.skipped} so far): {text}", file=sys.stderr, flush=True)
     return True
+
+
+def _text(engine: Engine, slots: Sequence[Slot], rows: Sequence[Sequence[int]]) -> str:
+    """Which gradient is not finite, and where that arose; every rank calls it, and gets the same.
+
+    Args:
+        slots: those that the optimizer steps.
+        rows: of every rank: number of the last parameter whose shard is not finite, of the last that was seen to be so before its
+            reduction, whether a loss was not finite.
+    """
+    seen = max(row[1] for row in rows)
+    if seen:
+        name, first = engine.slots[seen - 1].name, [rank for rank, row in enumerate(rows) if row[1] == seen]
+    else:
+        name, first = _origin(engine, slots, max(row[0] for row in rows))
+    text = f"the gradient of {name!r} is not finite"
+    lost = [number for number, row in enumerate(rows) if row[2]]
+    if first:
+        text += f", first on rank{'s' * (len(first) > 1)} {', '.join(map(str, first[:8]))}{', ...' * (len(first) > 8)}"
+    elif not lost and len(rows) > 1:
+        owner = next(number for number, row in enumerate(rows) if engine.slots[row[0] - 1].name == name)
+        text += (
+            f"; it was found in the shard that rank {owner} owns, which need not be where it arose (the option checks=True looks at each "
+            "gradient before it is reduced, and says)"
+        )
+    if lost:
+        text += f"; neither was the loss of rank {lost[0]}" + (f" and of {len(lost) - 1} more" if lost[1:] else "")
+    return text
+
+
+def _origin(engine: Engine, slots: Sequence[Slot], worst: int) -> tuple[str, list[int]]:
+    """(parameter, the ranks that were the first to send a gradient that is not finite, in one message; none if that is not known): see
+    zcompile.origins.
+
+    Args:
+        worst: number of the last parameter that is not finite, which is named where it is not known what arose first.
+    """
+    exchange = engine.runtime.agreement.exchange
+    first = [row[0] for row in exchange([engine.origins.first()], step="where a gradient arose")]
+    numbers = [number for number in first if number]
+    if not numbers:
+        return engine.slots[worst - 1].name, []
+    carried = set(engine.origins.parameters(min(numbers)))
+    order = {slot: number for number, slot in enumerate(engine.slots, start=1)}
+    mine = max((order[slot] for slot in _not_finite([s for s in slots if s.name in carried])), default=0)
+    named = max(row[0] for row in exchange([mine], step="which gradient arose first")) or worst
+    return engine.slots[named - 1].name, [rank for rank, number in enumerate(first) if number == min(numbers)]
 
 
 def _not_finite(slots: Sequence[Slot]) -> list[Slot]:

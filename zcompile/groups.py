@@ -24,6 +24,7 @@ from zcompile import _torch_compat as compat
 from zcompile.agreement import PATIENT
 from zcompile.faults.flight import Flight
 from zcompile.faults.watch import Watch
+from zcompile.origins import Origins
 from zcompile.swap import METHODS, MOST_MEMBERS, Swap
 
 _NUMBERS = itertools.count()
@@ -132,6 +133,8 @@ class CountingGroup(dist.ProcessGroup):
         """Global ranks of the members."""
         self.checksums = False
         """Whether what arrives is compared with what was sent: see zcompile.faults.checksums."""
+        self.origins: Origins | None = None
+        """Looks at what is sent, where that is gradients of this rank alone."""
         self.disturb: Disturb | None = None
         """What a replay does to hops: see zcompile.replay."""
         self._set_group_name(name)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from zcompile.converted import Misfit, Part, Shape, Source, sources
 from zcompile.engine import Engine
 from zcompile.params import Slot, named_owners
 from zcompile.storage import CheckpointError, naming, partial, prepare, together
@@ -36,17 +37,9 @@ class Files:
     def __init__(self, model: nn.Module, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.where = self._index()
-        prefix = getattr(model, "base_model_prefix", "")
         ours = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
-        self.names: dict[str, str] = {}
-        """name in the model -> name in the files: some were saved from the bare model, without its head, or the other way round"""
-        unknown = []
-        for name in self.where:
-            own = next((n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in ours), None)
-            if own is not None:
-                self.names.setdefault(own, name)
-            else:
-                unknown.append(name)
+        self.sources, unknown = sources(model, self.where, ours)
+        """name in the model -> what makes it"""
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         self.unknown = [name for name in unknown if not any(re.search(pattern, name) for pattern in ignored)]
 
@@ -68,12 +61,12 @@ class Files:
 
     def given(self, model: nn.Module) -> set[str]:
         """First names of the parameters, and names of the buffers, that the files have."""
-        tied = (names for names in named_owners(model).values() if any(name in self.names for name, _, _ in names))
-        return {names[0][0] for names in tied} | {name for name, _ in model.named_buffers() if name in self.names}
+        tied = (names for names in named_owners(model).values() if any(name in self.sources for name, _, _ in names))
+        return {names[0][0] for names in tied} | {name for name, _ in model.named_buffers() if name in self.sources}
 
-    def name_of(self, slot: Slot) -> str | None:
-        """The name in the files of a parameter: of any of its names, if it is tied."""
-        return next((self.names[name] for name in slot.names if name in self.names), None)
+    def source_of(self, slot: Slot) -> Source | None:
+        """What makes a parameter: by any of its names, if it is tied."""
+        return next((self.sources[name] for name in slot.names if name in self.sources), None)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -108,52 +101,75 @@ def load(model: nn.Module, engine: Engine, files: Files) -> None:
     if files.unknown:
         raise CheckpointError(
             f"{files.folder} has {len(files.unknown)} tensors that this model has not: {', '.join(files.unknown[:3])}, ... "
-            "(if transformers renames them on loading, load them there and save them again)"
+            "(if they are of another version, load them there and save them again)"
         )
-    wanted: dict[Path, list[tuple[str, Slot | Tensor]]] = {}
+    wanted: list[tuple[str, Slot | Tensor, Source]] = []
     missing = []
     for slot in engine.slots:
-        name = files.name_of(slot)
-        if name is None:
+        source = files.source_of(slot)
+        if source is None:
             missing.append(slot.name)
         else:
-            wanted.setdefault(files.where[name], []).append((name, slot))
+            wanted.append((slot.name, slot, source))
     if missing:
         raise CheckpointError(
             f"{files.folder} lacks {len(missing)} parameters of this model: {', '.join(missing[:3])}, ..."
         )
-    for name, buffer in model.named_buffers():
-        if name in files.names:
-            wanted.setdefault(files.where[files.names[name]], []).append((files.names[name], buffer))
-    for step in (_check, _fill):  # nothing is written before all of it is known to fit
-        for file, entries in wanted.items():
-            with _opened(file) as found:
-                for name, target in entries:
-                    try:
-                        step(found, name, target, engine)
-                    except CheckpointError as error:
-                        raise CheckpointError(f"{file}: {error}") from None
-                    except Exception as error:
-                        raise CheckpointError(f"{file}: {name!r} cannot be read: {error}") from error
+    wanted += [(name, buffer, files.sources[name]) for name, buffer in model.named_buffers() if name in files.sources]
+    names = [name for _, _, source in wanted for name in source.names]
+    shapes: dict[str, Shape] = {}
+    _each(files, names, lambda found, name: shapes.update({name: tuple(found.get_slice(name).get_shape())}))
+    parts: dict[str, tuple[Part, Slot | Tensor]] = {}
+    for name, target, source in wanted:  # nothing is written before all of it is known to fit
+        parts |= {part.name: (part, target) for part in _checked(files, name, target, source, shapes)}
+    _each(files, names, lambda found, name: _fill(found, *parts[name], engine))
     engine.mark_written()
 
 
-def _check(found: Any, name: str, target: Slot | Tensor, engine: Engine) -> None:
-    shape = tuple(found.get_slice(name).get_shape())
+def _each(files: Files, names: Iterable[str], step: Callable[[Any, str], None]) -> None:
+    """`step(opened file, name)` for each tensor, file by file."""
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(files.where[name], []).append(name)
+    for file, inside in by_file.items():
+        with _opened(file) as found:
+            for name in inside:
+                try:
+                    step(found, name)
+                except Exception as error:
+                    raise CheckpointError(f"{file}: {name!r} cannot be read: {error}") from error
+
+
+def _checked(
+    files: Files, name: str, target: Slot | Tensor, source: Source, shapes: Mapping[str, Shape]
+) -> Sequence[Part]:
+    """The parts of one parameter or buffer."""
+    file, first = files.where[source.names[0]], source.names[0]
+    if source.misfit:
+        raise CheckpointError(
+            f"{file}: {name!r} cannot be read straight into shards: {source.misfit} (load it in transformers, and "
+            "save_pretrained(folder, save_original_format=False))"
+        )
+    try:
+        shape, parts = source.placed(shapes)
+    except Misfit as error:
+        raise CheckpointError(f"{file}: {name!r}: {error}") from None
     expected = tuple(target.spec.shape if isinstance(target, Slot) else target.shape)
     if shape != expected:
-        raise CheckpointError(f"{name!r} has shape {shape}, this model's has {expected}")
+        of = f"{first!r}" if len(parts) == 1 else f"{name!r}, of {len(parts)} tensors from {first!r} on,"
+        raise CheckpointError(f"{file}: {of} has shape {shape}, this model's has {expected}")
+    return parts
 
 
 @torch.no_grad()
-def _fill(found: Any, name: str, target: Slot | Tensor, engine: Engine) -> None:
-    if not isinstance(target, Slot):
-        target.copy_(found.get_tensor(name))
+def _fill(found: Any, part: Part, target: Slot | Tensor, engine: Engine) -> None:
+    if isinstance(target, Tensor):
+        target.copy_(found.get_tensor(part.name))
         return
     layout = target.spec.layout
     start, rows = layout.local_rows(engine.coordinates)
     if rows and layout.numel:
-        target.shard.copy_(found.get_slice(name)[start : start + rows] if layout.shape else found.get_tensor(name))
+        part.read(found, start, target.shard)
 
 
 # -- back ----------------------------------------------------------------------------------------------------------------------------

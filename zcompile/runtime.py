@@ -28,6 +28,7 @@ from zcompile.faults.watch import Watch
 from zcompile.groups import AGREEMENT, Communicators, Counters, CountingGroup, Disturb, GroupError, Tally
 from zcompile.launcher import init_from_launcher
 from zcompile.layout import role_name
+from zcompile.origins import Origins
 from zcompile.topology import Topology
 
 __all__ = [
@@ -88,6 +89,7 @@ class Runtime:
         self._made_by = communicators
         self._tally = Tally()
         self._roles: dict[str, CountingGroup] = {}
+        self._first_hops: list[CountingGroup] = []  # of gradients: what they send is this rank's own
         self._meshes: dict[str, DeviceMesh] = {}
         self._dimensions: list[dist.ProcessGroup] = []  # one a level: the groups of the mesh
         for k, level in enumerate(topology.levels, start=1):
@@ -102,9 +104,13 @@ class Runtime:
                 name = role_name(topology.key, topology.names[k - 1], transfer)
                 group, swap = lanes[lane], communicators.swap(lanes[lane])
                 stream = TRANSFERS.index(transfer)
-                self._roles[name] = CountingGroup(
+                role = CountingGroup(
                     group, name, level.name, transfer, self._tally, swap, stream, self.watch, tuple(ranks)
                 )
+                self._roles[name] = role
+                innermost = all(inner.size == 1 for inner in topology.levels[: k - 1])
+                if innermost and transfer in ("reduce", "sync"):
+                    self._first_hops.append(role)
         everybody = list(range(topology.world_size))
         gloo = None if self._alone else communicators.get("", everybody, "world", AGREEMENT, backend="gloo")
         self.agreement = Agreement(gloo, self.rank, topology.world_size, timeout, self.watch)
@@ -155,6 +161,11 @@ class Runtime:
         """Whether what arrives is compared with what was sent (zcompile.faults.checksums). All ranks alike."""
         for role in self._roles.values():
             role.checksums = on and self.watch is not None
+
+    def look_at_gradients(self, origins: Origins | None) -> None:
+        """Who looks at the gradients that this rank sends from here on, before they are summed with those of others."""
+        for role in self._first_hops:
+            role.origins = origins
 
     @contextlib.contextmanager
     def disturbed(self, disturb: Disturb) -> Iterator[None]:

@@ -245,7 +245,7 @@ def _lora(rank: int, mode: str, r: int) -> None:
     assert all(unit.seen == copies[unit] for unit in base), "not refreshed for a step of others"
 
 
-@pytest.mark.parametrize(("r", "mode"), [(1, "eager"), (8, "eager"), (1, "graph")])
+@pytest.mark.parametrize(("r", "mode"), [*((r, "eager") for r in (1, 8, 16, 32)), (1, "graph"), (32, "graph")])
 def test_f25_adapters_in_fp32_on_a_frozen_bf16_base(ranks: Any, mode: str, r: int) -> None:
     ranks(WORLD).run(_lora, mode, r)
 

@@ -95,10 +95,10 @@ def test_f4_replays_with_late_launches_and_waits_have_the_same_bits(ranks: Ranks
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["overlap", "overlapped code", "eager"])
-def test_f4_many_replays_over_seeds(ranks: Ranks, mode: str) -> None:
-    for seed in range(3):
-        for found in ranks(4).run(replayed, "zero_topo, int4-delta", 10, seed, mode, timeout=400.0):
-            assert found["differences"] == [] and found["sleeps"] > 0
+def test_f4_many_replays(ranks: Ranks, mode: str) -> None:
+    """Of one compile: each replay sleeps elsewhere. `zcompile verify --replay 100` takes as many as one likes."""
+    for found in ranks(4).run(replayed, "zero_topo, int4-delta", 20, 1, mode, timeout=400.0):
+        assert found["differences"] == [] and found["sleeps"] > 0
 
 
 @pytest.mark.parametrize("transfer", ["gather", "reduce"])

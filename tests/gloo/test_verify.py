@@ -42,7 +42,7 @@ class Matrix:
         return self._found[key]
 
 
-INDUCTOR = [cell for cell in verify.DOZEN if cell[:2] in verify.EXACT or cell[0] == "zero3"]
+INDUCTOR = [cell for cell in verify.DOZEN if cell[:2] == ("zero_topo", "2x2x2") or cell[0] == "zero3"]
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def test_requirement_1_through_the_passes(graphs: Matrix, cell: tuple[str, str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", INDUCTOR, ids=lambda cell: "-".join(map(str, cell)))
 def test_through_inductor(dozen: Matrix, cell: tuple[str, str, int]) -> None:
-    """Invariant 4 with code generation, of the dozen those whose bits can be compared (in the model in which fusion changes none,
-    trial.Pointwise), and flat sharding."""
+    """Invariant 4 with code generation, of the dozen the preset of three levels (with the bits of the model in which fusion changes none,
+    trial.Pointwise) and flat sharding. `zcompile verify --codegen` takes all twelve."""
     passes(dozen[cell])
     assert dozen[cell].bit_equal == (True if cell[:2] in verify.EXACT else None)
 

@@ -23,7 +23,8 @@ BAD: dict[str, tuple[set[str], set[str]]] = {
         {
             "launcher", "FI_MR_CACHE_MONITOR", "NCCL_ALGO", "FI_CXI_RDZV_PROTO", "FI_CXI_RDZV_EAGER_SIZE", "FI_CXI_RDZV_THRESHOLD",
             "FI_CXI_RDZV_GET_MIN", "FI_CXI_DEFAULT_CQ_SIZE", "FI_CXI_DEFAULT_TX_SIZE", "FI_CXI_RX_MATCH_MODE",
-            "FI_CXI_DISABLE_HOST_REGISTER", "HSA_FORCE_FINE_GRAIN_PCIE", "TORCH_NCCL_BLOCKING_WAIT",
+            "FI_CXI_DISABLE_HOST_REGISTER", "HSA_FORCE_FINE_GRAIN_PCIE", "TORCH_NCCL_BLOCKING_WAIT", "MIOPEN_USER_DB_PATH",
+            "MIOPEN_CUSTOM_CACHE_DIR", "TRITON_CACHE_DIR",
         },
     ),
     "lumi-older-script": (
@@ -31,7 +32,7 @@ BAD: dict[str, tuple[set[str], set[str]]] = {
         {
             "core binding", "FI_CXI_RDZV_PROTO", "FI_CXI_RDZV_EAGER_SIZE", "FI_CXI_RDZV_THRESHOLD", "FI_CXI_RDZV_GET_MIN",
             "FI_CXI_DEFAULT_CQ_SIZE", "FI_CXI_DEFAULT_TX_SIZE", "FI_CXI_RX_MATCH_MODE", "FI_CXI_DISABLE_HOST_REGISTER",
-            "GLOO_SOCKET_IFNAME", "MIOPEN_USER_DB_PATH",
+            "GLOO_SOCKET_IFNAME", "MIOPEN_USER_DB_PATH", "MIOPEN_CUSTOM_CACHE_DIR", "OFI plugin's version",
         },
     ),
 }  # fmt: skip

@@ -9,7 +9,6 @@ Messages are counted in one more step after these, and so is what zcompile waits
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zcompile.bench import counting, systems
+from zcompile.bench.memory import Memory
 from zcompile.bench.network import read_counters
 from zcompile.launcher import init_from_launcher
 from zcompile.machines import Device
@@ -96,7 +96,7 @@ def measure(task: Task) -> dict[str, Any]:
     """Train with the task's system; the same report on every rank. A process group must be there."""
     device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu")
     rank, world = dist.get_rank(), dist.get_world_size()
-    memory = _Memory(device)
+    memory = Memory(device)
     model, data = build(task.model)
     model = model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -126,7 +126,7 @@ def measure(task: Task) -> dict[str, Any]:
     trainer.finish()
     _synchronise(device)
     seconds, cpu, faults = time.perf_counter() - start, time.process_time() - cpu, page_faults() - faults
-    peak = memory.peak()
+    peak, rest = memory.peak(), memory.rest()
     dist.barrier()
     after = read_counters() if rank == 0 else {}
     waits, counted, uncounted = _one_more(trainer, tokens[-1], setting.topology)
@@ -136,6 +136,7 @@ def measure(task: Task) -> dict[str, Any]:
         "cpu": cpu / task.steps,
         "page_faults": faults / task.steps,
         "peak": peak,
+        "rest": rest,
         "losses": losses + [float(loss) for loss in found],
     }
     everyone: list[Any] = [None] * world
@@ -152,6 +153,7 @@ def measure(task: Task) -> dict[str, Any]:
         "cpu_seconds": sum(each["cpu"] for each in everyone),
         "page_faults": sum(each["page_faults"] for each in everyone),
         "peak_bytes": max(each["peak"] for each in everyone),
+        "rest_bytes": max(each["rest"] for each in everyone),
         "losses": [statistics.fmean(loss) for loss in zip(*(each["losses"] for each in everyone), strict=True)],
         "bytes": at_interfaces or {level: float(row["bytes"]) for level, row in messages.items()},
         "bytes_at": "interfaces" if at_interfaces else "process groups" if messages else "",
@@ -190,43 +192,6 @@ def exposed(found: Overlap, levels: Sequence[str]) -> dict[str, float | None]:
 def page_faults() -> int:
     """Pages that this process has got so far: memory that is given back and asked for again costs each of them again."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-class _Memory:
-    """Peak bytes of this rank above what it had at the start: allocated device memory, or resident pages on a CPU.
-
-    A page that several ranks map (a copy that others read in memory) counts by this rank's share of it, as the kernel's PSS does: else each
-    of two ranks would be charged for both copies. That share is taken at the end, as the kernel keeps no highest PSS.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.base = torch.cuda.memory_allocated(device) if device.type == "cuda" else _kernel("status", "VmRSS")
-
-    def release(self) -> None:
-        """What compiling has freed goes back to the system: a step before the measured ones, which would else pay for getting it again."""
-        if self.device.type == "cpu":
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-    def reset(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        Path("/proc/self/clear_refs").write_text("5")  # the mark of the peak starts again
-
-    def peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.base
-        of_others = _kernel("status", "RssShmem") - _kernel("smaps_rollup", "Pss_Shmem")
-        return _kernel("status", "VmHWM") - of_others - self.base
-
-
-def _kernel(file: str, key: str) -> int:
-    """Bytes that /proc/self/`file` says for `key`; 0 where this kernel does not."""
-    for line in Path(f"/proc/self/{file}").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def _on_gpu() -> bool:

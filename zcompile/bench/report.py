@@ -18,8 +18,9 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
     """Adds to `result` one row per system: over its repetitions the mean of the mean step, the spread, the ratio to the best.
 
     result["systems"]: label -> {"seconds": mean, "spread": [lowest, highest repetition], "ratio": of the fastest system's seconds,
-    "tokens_per_second", "tokens_per_second_per_rank", "cpu_seconds" and "page_faults" (all ranks, a step), "peak_bytes" (of the rank with
-    the most), "bytes" (level -> a step, all ranks) and "bytes_at" ("interfaces", "process groups", "": unknown), "messages" (level ->
+    "tokens_per_second", "tokens_per_second_per_rank", "cpu_seconds" and "page_faults" (all ranks, a step), "peak_bytes" and "rest_bytes"
+    (in a step and between two, of the rank with the most), "bytes" (level -> a step, all ranks) and "bytes_at" ("interfaces", "process
+    groups", "": unknown), "messages" (level ->
     {"messages", "bytes", "mean_bytes", "peer_read_bytes"} of one step, all ranks), "loss" (after the last step), "loss_difference" (to the
     reference's, as a part of it), "exposed" (of zcompile's: level or "refresh" -> seconds of rank 0 in waits, in a step under the
     profiler; None: not known), "setup_seconds", "runs", "error" (of a system that did not run)}; result["fastest"];
@@ -42,6 +43,7 @@ def summarise(result: dict[str, Any]) -> dict[str, Any]:
             "cpu_seconds": statistics.fmean(run["cpu_seconds"] for run in runs),
             "page_faults": statistics.fmean(run["page_faults"] for run in runs),
             "peak_bytes": max(run["peak_bytes"] for run in runs),
+            "rest_bytes": max(run["rest_bytes"] for run in runs),
             "bytes": {level: statistics.fmean(run["bytes"][level] for run in runs) for level in runs[0]["bytes"]},
             "bytes_at": runs[0]["bytes_at"],
             "messages": runs[-1]["messages"],
@@ -128,6 +130,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         "tokens/s",
         "a rank",
         *(f"{level} MB" for level in levels),
+        "rest MiB",
         "peak MiB",
         "CPU s",
         "loss",
@@ -141,7 +144,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         table.add_row(
             name, f"{row['seconds']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['ratio']:.2f}", f"{row['tokens_per_second']:.0f}",
             f"{row['tokens_per_second_per_rank']:.0f}",
-            *(f"{row['bytes'][level] / 1e6:.1f}" if level in row["bytes"] else "?" for level in levels), f"{row['peak_bytes'] / 2**20:.0f}",
+            *(f"{row['bytes'][level] / 1e6:.1f}" if level in row["bytes"] else "?" for level in levels), f"{row['rest_bytes'] / 2**20:.0f}",
+            f"{row['peak_bytes'] / 2**20:.0f}",
             f"{row['cpu_seconds']:.2f}", f"{row['loss']:.4f}",
         )  # fmt: skip
     console.print(table)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from zcompile.doctor.findings import HPE_CCL, LUMI_AI, NCCL, OLCF_PYTORCH, TORCH_NCCL, Finding
-from zcompile.doctor.recording import Recording
+from zcompile.doctor.recording import CACHES, Host, Recording
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,10 @@ def interfaces(recording: Recording) -> Iterator[Finding]:
         yield Finding(name, "ok" if fits else "bad", value, right, "" if fits else advice, OLCF_PYTORCH)
 
 
+OLDEST_PLUGIN = (1, 19)
+"""aws-ofi-nccl: OLCF's page builds 1.19.2."""
+
+
 def plugin(recording: Recording) -> Iterator[Finding]:
     """aws-ofi-nccl (aws-ofi-rccl): without it RCCL takes TCP sockets between nodes."""
     if not (recording.multi_node and recording.slingshot):
@@ -108,11 +112,22 @@ def plugin(recording: Recording) -> Iterator[Finding]:
         return
     without = sorted(name for name, host in recording.hosts.items() if not host.plugins)
     right = "librccl-net.so or libnccl-net.so on LD_LIBRARY_PATH"
+    newest = "load the module rccl-net-plugin (Frontier), or build aws-ofi-nccl 1.19 or newer against this ROCm"
     if without:
-        advice = "build aws-ofi-nccl 1.19 or newer against this ROCm and put its lib folder on LD_LIBRARY_PATH: RCCL uses TCP sockets else"
+        advice = f"{newest} and put its lib folder on LD_LIBRARY_PATH: RCCL uses TCP sockets else"
         yield Finding("OFI plugin", "bad", f"none on {', '.join(without[:4])}", right, advice, OLCF_PYTORCH)
+        return
+    yield Finding("OFI plugin", "ok", next(iter(recording.hosts.values())).plugins[0], right, "", OLCF_PYTORCH)
+    check, wanted = "OFI plugin's version", f"{OLDEST_PLUGIN[0]}.{OLDEST_PLUGIN[1]} or newer"
+    said = sorted({host.plugin_version for host in recording.hosts.values()})
+    if not all(said):
+        yield Finding(check, "skip", "its file does not say", wanted, "", OLCF_PYTORCH)
+    elif all(tuple(int(part) for part in text.split(".")) >= OLDEST_PLUGIN for text in said):
+        yield Finding(check, "ok", ", ".join(said), wanted, "", OLCF_PYTORCH)
     else:
-        yield Finding("OFI plugin", "ok", next(iter(recording.hosts.values())).plugins[0], right, "", OLCF_PYTORCH)
+        yield Finding(
+            check, "warn", ", ".join(said), wanted, f"{newest}: it is what is maintained for Slingshot", OLCF_PYTORCH
+        )
 
 
 def rendezvous(recording: Recording) -> Iterator[Finding]:
@@ -127,18 +142,35 @@ def rendezvous(recording: Recording) -> Iterator[Finding]:
         yield Finding("srun --network", "warn", network or "not set", "disable_rdzv_get with alt_read", advice, HPE_CCL)
 
 
+_SHARED = ("lustre", "gpfs", "nfs", "nfs4", "beegfs", "panfs")
+_MIOPEN = ("MIOPEN_USER_DB_PATH", "MIOPEN_CUSTOM_CACHE_DIR")
+
+
 def caches(recording: Recording) -> Iterator[Finding]:
-    """Compile caches belong on the node: parallel file systems lack the locking, and thousands of ranks open thousands of small files."""
-    for host in recording.hosts.values():
-        for name, kind in host.filesystems.items():
-            if kind in ("lustre", "gpfs", "nfs", "nfs4", "beegfs", "panfs"):
-                advice = f"export {name}=/tmp/$USER-$SLURM_JOB_ID (or a local disk): {kind} lacks the locking and is slow for small files"
-                yield Finding(
-                    name,
-                    "warn",
-                    f"{recording.env.get(name, '')} on {kind}",
-                    "a folder of the node's own",
-                    advice,
-                    LUMI_AI,
-                )
-        return
+    """Compile caches belong on the node: parallel file systems lack the locking, and thousands of ranks open thousands of small files.
+    MIOpen's are under the home folder unless a variable says otherwise; so are those of Triton kernels that run before Inductor's.
+    """
+    host = next(iter(recording.hosts.values()), Host())
+    gpus = any(seat.pci for seat in recording.seats)
+    for name, default in CACHES.items():
+        value, kind = recording.env.get(name), host.filesystems.get(name, "")
+        needed = recording.amd if name in _MIOPEN else gpus if name.startswith("TRITON") else True
+        advice = f"export {name}=/tmp/$USER-$SLURM_JOB_ID (or a local disk): "
+        right, source = "a folder of the node's own", OLCF_PYTORCH if name in _MIOPEN else LUMI_AI
+        if value is not None and kind in _SHARED:
+            yield Finding(
+                name,
+                "warn",
+                f"{value} on {kind}",
+                right,
+                f"{advice}{kind} lacks the locking and is slow for small files",
+                LUMI_AI,
+            )
+        elif value is None and needed and kind in _SHARED:
+            seen = f"not set: {default} on {kind}"
+            yield Finding(
+                name, "warn", seen, right, f"{advice}{kind} lacks the locking and is slow for small files", source
+            )
+        elif value is None and name in _MIOPEN and needed and recording.multi_node and not kind:
+            advice += "the home folder, which MIOpen takes else, is one for all nodes and lacks the locking"
+            yield Finding(name, "warn", f"not set: {default}", right, advice, source)

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import socket
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -41,14 +42,15 @@ class Seat:
 
 @dataclass(frozen=True)
 class Host:
-    """One node: network interfaces, table of MI250X pairs, network plugins found, file systems of the caches ("lustre", ...), cores (0:
-    not known)."""
+    """One node: network interfaces, table of MI250X pairs, network plugins found, file systems of the caches ("lustre", ...; where a
+    variable is not set, of the folder that is taken instead), cores (0: not known), version of the first plugin ("": it does not say)."""
 
     interfaces: tuple[str, ...] = ()
     pairs: tuple[tuple[str, str], ...] = ()
     plugins: tuple[str, ...] = ()
     filesystems: dict[str, str] = field(default_factory=dict)
     cores: int = 0
+    plugin_version: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Recording:
             name: Host(
                 tuple(host.get("interfaces", ())), tuple((a, b) for a, b in host.get("pairs", ())),
                 tuple(host.get("plugins", ())), dict(host.get("filesystems", {})), int(host.get("cores", 0)),
+                str(host.get("plugin_version", "")),
             )
             for name, host in found["hosts"].items()
         }  # fmt: skip
@@ -118,12 +121,14 @@ def look(rank: int, local_rank: int) -> dict[str, Any]:
         properties: Any = torch.cuda.get_device_properties(local_rank % visible)
         pci = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
     env = {name: value for name, value in os.environ.items() if _WANTED.search(name) and not _SECRET.search(name)}
+    plugins = _plugins(env)
     host = Host(
         tuple(sorted(_interfaces())),
         tuple(gcd_pairs() or ()),
-        tuple(_plugins(env)),
+        tuple(plugins),
         _filesystems(env),
         os.cpu_count() or 0,
+        _plugin_version(Path(plugins[0])) if plugins else "",
     )
     seat = Seat(rank, socket.gethostname(), local_rank, shown(os.sched_getaffinity(0)), pci, visible)
     return {"seat": asdict(seat), "host": asdict(host), "env": env, "versions": _versions()}
@@ -185,8 +190,17 @@ def _plugins(env: Mapping[str, str]) -> list[str]:
     ]
 
 
+def _plugin_version(library: Path) -> str:
+    """ "1.19.2": what aws-ofi-nccl logs when it begins is a text in its file; "" if there is none such."""
+    try:
+        found = re.search(rb"aws-ofi-[nr]ccl v?(\d+(?:\.\d+)+)", library.read_bytes())
+    except OSError:
+        return ""
+    return found[1].decode() if found else ""
+
+
 def _filesystems(env: Mapping[str, str]) -> dict[str, str]:
-    """Variable that names a cache's folder -> type of the file system there."""
+    """Variable that names a cache's folder -> type of the file system there, or, if it is not set, where the cache is then."""
     mounts = []
     try:
         for line in Path("/proc/self/mounts").read_text().splitlines():
@@ -195,17 +209,20 @@ def _filesystems(env: Mapping[str, str]) -> dict[str, str]:
     except OSError:
         return {}
     found = {}
-    for name in CACHES:
-        folder = env.get(name)
-        if folder:
-            inside = [
-                (m, kind) for m, kind in mounts if os.path.abspath(folder).startswith(m.rstrip("/") + "/") or m == "/"
-            ]
-            found[name] = max(inside, key=lambda item: len(item[0]), default=("", ""))[1]
+    for name, default in CACHES.items():
+        folder = os.path.abspath(os.path.expanduser(env.get(name) or default))
+        inside = [(m, kind) for m, kind in mounts if folder.startswith(m.rstrip("/") + "/") or m == "/"]
+        found[name] = max(inside, key=lambda item: len(item[0]), default=("", ""))[1]
     return found
 
 
-CACHES = ("MIOPEN_USER_DB_PATH", "MIOPEN_CUSTOM_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+CACHES = {
+    "MIOPEN_USER_DB_PATH": "~/.config/miopen",
+    "MIOPEN_CUSTOM_CACHE_DIR": "~/.cache/miopen",
+    "TORCHINDUCTOR_CACHE_DIR": os.path.join(tempfile.gettempdir(), "torchinductor"),
+    "TRITON_CACHE_DIR": "~/.triton/cache",
+}
+"""Variable -> the folder that is taken where it is not set."""
 
 
 def _versions() -> dict[str, str]:

@@ -43,6 +43,8 @@ class Flight(dist.Work):
         """
         site = watch.site(group.level, group.transfer, op, group.ranks)
         check = checksums.launch(group, op, args, site) if group.checksums else None
+        if group.origins is not None and op == "all_to_all":
+            group.origins.sent(site.parameters, args[1])
         try:
             work = start()
         except RuntimeError as error:

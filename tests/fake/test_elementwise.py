@@ -1,0 +1,137 @@
+"""DTensor's placements of element-wise operations, found without a search: those that torch's search finds, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from zcompile import elementwise, hierarchical_zero
+from zcompile._torch_compat import sharding_propagator
+from zcompile.paper import world
+from zcompile.topology import Topology
+
+Found = list[tuple[str, Any, Any]]
+
+
+@contextlib.contextmanager
+def searched() -> Iterator[Found]:
+    """(operation, what `stays` says, what torch's search finds) of every operation that is met for the first time."""
+    propagator, found = sharding_propagator(), []
+    right = propagator.propagate_op_sharding_non_cached
+    torchs = type(propagator).propagate_op_sharding_non_cached
+
+    def both(schema: Any) -> Any:
+        found.append((schema.op.name(), elementwise.stays(propagator, schema), torchs(propagator, schema)))
+        return found[-1][2]
+
+    propagator.propagate_op_sharding_non_cached = both
+    try:
+        yield found
+    finally:
+        propagator.propagate_op_sharding_non_cached = right
+
+
+def wrapped(*sizes: int) -> Any:
+    """A model with gradients, of sizes that no other test has: what DTensor has met once it does not ask for again."""
+    plain = nn.Sequential(nn.Linear(*sizes), nn.LayerNorm(sizes[1]))
+    model = hierarchical_zero(plain, topology="2x2x2", plan="zero_topo")
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return model
+
+
+STEPS: dict[str, Callable[[Any], Any]] = {
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), foreach=False).step(),
+    "AdamW over lists": lambda model: torch.optim.AdamW(model.parameters(), amsgrad=True, foreach=True).step(),
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=0.1, foreach=False).step(),
+    "Adagrad over lists": lambda model: torch.optim.Adagrad(model.parameters(), foreach=True).step(),
+    "clipping": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True),
+    "loading": lambda model: model.load_state_dict(model.state_dict()),
+}
+QUICK = {"zeros_like", "empty_like", "detach", "clone", "stack", "linalg_vector_norm", "_foreach_norm", "full_like"}
+"""What torch places without a long search."""
+
+
+def compare(rank: int, name: str) -> tuple[set[str], set[str], list[str]]:
+    """(operations that are answered, others, those that are answered other than by torch)."""
+    with world(Topology.parse("2x2x2")):
+        number = list(STEPS).index(name)
+        model = wrapped(41 + 2 * number, 23 + 2 * number)
+        with searched() as found:
+            STEPS[name](model)
+        answered = {name for name, mine, _ in found if mine is not None}
+        wrong = [f"{name}: {mine} instead of {torchs}" for name, mine, torchs in found
+                 if mine is not None and described(mine) != described(torchs)]  # fmt: skip
+        return answered, {name.split("::")[1].split(".")[0] for name, mine, _ in found if mine is None}, wrong
+
+
+def described(found: Any) -> Any:
+    return found.output_spec, found.redistribute_schema, found.needs_redistribute
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_placements_are_those_of_torchs_search(paper: Any, name: str) -> None:
+    ((answered, others, wrong),) = paper.run(compare, name)
+    assert answered and not wrong
+    assert others <= QUICK
+
+
+def unlike(rank: int) -> list[str]:
+    with world(Topology.parse("2x2x2")):
+        mesh = wrapped(67, 31).zero.runtime.mesh("cpu")
+        rows = distribute_tensor(torch.ones(16, 3), mesh, [Shard(0)] * 3)
+        others = distribute_tensor(torch.ones(16, 3), mesh, [Shard(0), Shard(0), Replicate()])
+        sums = DTensor.from_local(torch.ones(2, 3), mesh, [Partial(), Shard(0), Shard(0)], run_check=False)
+        row = distribute_tensor(torch.ones(1, 3), mesh, [Replicate()] * 3)
+        operations: dict[str, Callable[[], Any]] = {
+            "other placements": lambda: rows + others,
+            "broadcast": lambda: rows * row,
+            "partial": lambda: sums * 2,
+            "partial sums": lambda: sums + sums,
+            "no element-wise operation": lambda: rows.sum(0),
+            "a list with others": lambda: torch._foreach_add([rows, others], [others, others]),
+            "a list of partials": lambda: torch._foreach_mul([sums], 2.0),
+        }
+        wrong = []
+        for name, operation in operations.items():
+            with searched() as found:
+                operation()
+            if not found or found[0][1] is not None:
+                wrong.append(name)
+        return wrong
+
+
+def test_what_does_not_lie_alike_is_torchs_to_place(paper: Any) -> None:
+    assert paper.run(unlike) == [[]]
+
+
+def first_step(rank: int) -> list[str]:
+    """What an optimizer's first step and a load leave to torch's search, for shapes that it has not met."""
+    with world(Topology.parse("2x2x2")):
+        model = wrapped(71, 37)
+        asked: list[str] = []
+        propagator = sharding_propagator()
+        search = propagator._wrap_with_op_strategy  # the first thing of a search
+
+        def listed(schema: Any) -> Any:
+            asked.append(schema.op.name())
+            return search(schema)
+
+        propagator._wrap_with_op_strategy = listed
+        try:
+            torch.optim.AdamW(model.parameters(), foreach=False).step()
+            model.load_state_dict(model.state_dict())
+        finally:
+            del propagator._wrap_with_op_strategy
+        return asked
+
+
+def test_a_wrapped_models_optimizer_is_spared_the_search(paper: Any) -> None:
+    (asked,) = paper.run(first_step)
+    assert asked and {name.split("::")[1].split(".")[0] for name in asked} <= QUICK
