@@ -444,11 +444,11 @@ def _trains(rank: int, mode: str, topology: str, make: Callable[[], nn.Module], 
 
 
 PEOPLE: dict[str, tuple[Callable[[], nn.Module], Loss, str, str, int]] = {
-    "demo": (demo, following, "2x2", "2x2x2", 2),
-    "neox": (neox, language, "2", "2x2", 2),
-    "llama": (llama, language, "2x2", "4", 1),
-    "t5": (t5, language, "2", "2x2", 1),
-    "mixtral": (mixtral, language, "2", "4", 1),
+    "demo": (demo, following, "2x2x2", "4x2", 2),
+    "neox": (neox, language, "4x2", "2x2x2", 1),
+    "llama": (llama, language, "2x2x2", "4x2", 1),
+    "t5": (t5, language, "4x2", "2x2x2", 1),
+    "mixtral": (mixtral, language, "2x2x2", "4x2", 1),
 }
 """name -> (model, loss, mesh of the compiled run, mesh of the one in eager torch, kinds of micro-batches)"""
 QUICK = [name if name == "neox" else pytest.param(name, marks=pytest.mark.slow) for name in PEOPLE]
