@@ -104,7 +104,9 @@ def test_ranks_at_different_steps_are_told_so(ranks: Ranks) -> None:
 def _late(rank: int) -> str:
     agreement, store = _agreement(), compat.default_store()
     if rank == 3:
-        store.wait(["given up 0", "given up 1", "given up 2"], timedelta(seconds=50))  # on its way until nobody waits for it
+        store.wait(
+            ["given up 0", "given up 1", "given up 2"], timedelta(seconds=50)
+        )  # on its way until nobody waits for it
         return ""
     try:
         agreement.exchange([1], step="version", timeout=1)

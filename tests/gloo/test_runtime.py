@@ -257,7 +257,9 @@ def test_errors_name_the_valid_choices(ranks: Ranks) -> None:
 def _rank_three_skips(rank: int) -> str:
     store = compat.default_store()
     if rank == 3:
-        store.wait(["given up 0", "given up 1", "given up 2"], timedelta(seconds=50))  # on its way until nobody waits for it
+        store.wait(
+            ["given up 0", "given up 1", "given up 2"], timedelta(seconds=50)
+        )  # on its way until nobody waits for it
         return ""
     try:
         Runtime.get(Topology.parse("2x2"), timeout=2)

@@ -3,8 +3,8 @@
 One process imports what all jobs need, and forks their ranks: milliseconds a rank. A rank runs a function of a test module as a script
 would: what it raises ends the process, with a trace on stderr. Whoever is still there at the end, a stopped one above all, is killed.
 
-Most of such a job's time is waiting. So a module's fixture starts the jobs of all its tests that will run (`chosen`), and each test looks at
-the end of its own.
+Most of such a job's time is waiting. So a module's fixture starts the jobs of all its tests that will run (`chosen`), and each test
+looks at the end of its own.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def jobs() -> Iterator[Jobs]:
 
 def chosen(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
     """The values of that parameter in the tests of the asking fixture's module that this session will run."""
-    tests = [item for item in request.session.items if isinstance(item, pytest.Function) and item.module is request.module]
+    tests = [
+        item for item in request.session.items if isinstance(item, pytest.Function) and item.module is request.module
+    ]
     found = [test.callspec.params.get(parameter) for test in tests if hasattr(test, "callspec")]
     return list(dict.fromkeys(value for value in found if value is not None))
 
