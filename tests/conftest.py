@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+# Inductor tries in each process by compiling and loading whether the vectors that the processor says it has can be used: a second each.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # before torch is imported, which is when it is read
 
 from support.spawn import Pool
 

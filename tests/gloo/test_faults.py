@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from support.faulty import Jobs, Rank, fault, jobs
+from support.faulty import Rank, chosen, fault, jobs
 from support.patches import replaced
 from support.spawn import Pool, RanksFailed
 from torch import nn
@@ -30,10 +31,44 @@ SOON = LIMIT + 30
 LINES = Path(__file__).read_text().splitlines()
 
 
+@dataclass(frozen=True)
+class Case:
+    """A job of four ranks.
+
+    Attributes:
+        what, transfer, odd: how rank `odd` fails, and as it launches which transfer, or ("save") as it writes a checkpoint.
+        mode: "eager" or "graph".
+        swallow: the program goes on after an error of a forward or a backward.
+        saves: whether a checkpoint is written after each step, by "ours" or by "torch"'s own call.
+    """
+
+    what: str
+    transfer: str
+    odd: int = 3
+    mode: str = "eager"
+    swallow: bool = False
+    saves: str = ""
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, (self.what, self.transfer, self.saves)))
+
+
+@dataclass(frozen=True)
+class End:
+    """How a case's job ended, and the folder of its checkpoints."""
+
+    ranks: list[Rank]
+    folder: Path
+
+
 @pytest.fixture(scope="module")
-def job() -> Iterator[Jobs]:
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Case], End]]:
+    """`job(case)`: waits for the job's end. All of them begin here, those first that wait longest."""
     with jobs() as made:
-        yield made
+        folders = {case: tmp_path_factory.mktemp("job") for case in chosen(request, "case")}
+        in_order = sorted(folders, key=lambda case: not (case.swallow or case.what in ("spin", "stop")))
+        found = {case: made.start(train, 4, astuple(case), str(folders[case])) for case in in_order}
+        yield lambda case: End(found[case].result(), folders[case])
 
 
 class Model(nn.Module):
@@ -66,27 +101,24 @@ def line(mark: str) -> str:
     return f"test_faults.py:{next(n for n, text in enumerate(LINES, 1) if text.endswith('# ' + mark))}"
 
 
-def train(
-    rank: int,
-    odd: int,
-    what: str,
-    transfer: str,
-    mode: str = "eager",
-    swallow: bool = False,
-    folder: str = "",
-    ours: bool = False,
-) -> None:
-    """Steps of a small model; in the second one rank `odd` fails as it launches a `transfer`, or ("save") as it writes a checkpoint."""
+def train(rank: int, fields: list[Any], folder: str) -> None:
+    """Steps of a small model; in the second one a rank fails as the case with these fields says."""
+    case = Case(*fields)
     torch.manual_seed(0)
-    settings: dict[str, Any] = {"eager": {"compile": False}, "graph": {"codegen": False}}[mode]
+    settings: dict[str, Any] = {"eager": {"compile": False}, "graph": {"codegen": False}}[case.mode]
     model: Any = hierarchical_zero(Model(), topology="2x2", plan="zero_topo", timeout=LIMIT, **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = 0
 
     def fail(called: str) -> None:
-        if called == transfer and step == 1 and rank == odd and threading.current_thread() is threading.main_thread():
+        if (
+            called == case.transfer
+            and step == 1
+            and rank == case.odd
+            and threading.current_thread() is threading.main_thread()
+        ):
             fault()
-            FAULTS[what]()
+            FAULTS[case.what]()
 
     def launch(start: Any, group: Any, *rest: Any) -> Any:
         fail(group.transfer)
@@ -100,18 +132,17 @@ def train(
             loss = model(torch.ones(4, 24) * (rank + 1))
             loss.backward()
         except ValueError:
-            if not swallow:
+            if not case.swallow:
                 raise
             continue
         optimizer.step()
         optimizer.zero_grad()
-        if folder and step == 0:
+        if case.saves and step == 0:
             torch.save(full_state_dict(model), f"{folder}/expected-{rank}")
-        if folder and step < 2:
-            if ours:
-                save(model, optimizer, f"{folder}/{step}")
-            else:
-                dcp.save(model.state_dict(), checkpoint_id=f"{folder}/{step}")
+        if case.saves == "ours" and step < 2:
+            save(model, optimizer, f"{folder}/{step}")
+        if case.saves == "torch" and step < 2:
+            dcp.save(model.state_dict(), checkpoint_id=f"{folder}/{step}")
     print("trained", flush=True)
 
 
@@ -148,97 +179,92 @@ SAID = {
     "raise": f"rank 3 raised ValueError: sample 17 is no number at {line('raised here')}",
     "memory": "rank 3 raised RuntimeError: [enforce fail at alloc_cpu.cpp",
 }
-QUICK = {("kill", "reduce")}
+QUICK = Case("kill", "reduce")
 
 
-@pytest.mark.parametrize(
-    ("what", "transfer"),
-    [
-        pytest.param(what, transfer, marks=() if (what, transfer) in QUICK else pytest.mark.slow)
-        for what in SAID
-        for transfer in ("gather", "reduce", "sync")
-    ],
-)
-def test_f12_f13_f14_a_rank_fails_in_a_transfer(job: Jobs, what: str, transfer: str) -> None:
+def cases(*made: Case) -> pytest.MarkDecorator:
+    """All but one are for the slow tests."""
+    marked = [pytest.param(case, marks=() if case == QUICK else pytest.mark.slow, id=str(case)) for case in made]
+    return pytest.mark.parametrize("case", marked)
+
+
+@cases(*(Case(what, transfer) for what in SAID for transfer in ("gather", "reduce", "sync")))
+def test_f12_f13_f14_a_rank_fails_in_a_transfer(job: Callable[[Case], End], case: Case) -> None:
     """Rank, op, level, parameter and source line are named, and the first error comes first."""
-    ranks = job.run(train, 4, 3, what, transfer)
+    ranks = job(case).ranks
     report = ended(ranks, 3)
-    assert report.startswith(f"zcompile: {SAID[what]}"), report
+    assert report.startswith(f"zcompile: {SAID[case.what]}"), report
     where = report.splitlines()[1]
-    assert missed(where, transfer), report
-    assert (
-        f"of {'first' if transfer == 'gather' else 'second'}." in where and f"({line('both are read here')})" in where
-    ), report
-    assert ranks[3].code == {"kill": -9, "stop": None}.get(what, ranks[3].code), ranks[3]
+    assert missed(where, case.transfer), report
+    assert f"of {'first' if case.transfer == 'gather' else 'second'}." in where, report
+    assert f"({line('both are read here')})" in where, report
+    assert ranks[3].code == {"kill": -9, "stop": None}.get(case.what, ranks[3].code), ranks[3]
 
 
-def test_f12_needs_a_fault(job: Jobs) -> None:
-    ranks = job.run(train, 4, 3, "nothing", "reduce")
+@cases(Case("nothing", "reduce"))
+def test_f12_needs_a_fault(job: Callable[[Case], End], case: Case) -> None:
+    ranks = job(case).ranks
     assert [rank.code for rank in ranks] == [0] * 4, ranks
     assert all(rank.output.endswith("trained\n") for rank in ranks)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("what", "transfer"), [("kill", "reduce"), ("stop", "gather")])
-def test_f12_f13_in_compiled_graphs(job: Jobs, what: str, transfer: str) -> None:
-    report = ended(job.run(train, 4, 3, what, transfer, "graph"), 3)
-    assert report.startswith(f"zcompile: {SAID[what]}"), report
-    stage = "backward" if transfer == "reduce" else "forward"
-    assert missed(report, transfer) and f"({line('both are read here')}), in graph 0 {stage}" in report, report
+@cases(Case("kill", "reduce", mode="graph"), Case("stop", "gather", mode="graph"))
+def test_f12_f13_in_compiled_graphs(job: Callable[[Case], End], case: Case) -> None:
+    report = ended(job(case).ranks, 3)
+    assert report.startswith(f"zcompile: {SAID[case.what]}"), report
+    stage = "backward" if case.transfer == "reduce" else "forward"
+    assert missed(report, case.transfer) and f"({line('both are read here')}), in graph 0 {stage}" in report, report
     assert "of {first,second}." in report, report
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("what", "said"),
-    [
-        ("kill", "rank 0 is gone, and with it the job's store, which it holds"),
-        ("stop", "rank 0 does not answer, and with it the job's store, which it holds"),
-        ("raise", "rank 0 raised ValueError: sample 17 is no number"),
-        ("leave", "rank 0 ended while others still waited"),
-    ],
-)
-def test_f12_f13_f14_the_rank_that_holds_the_store(job: Jobs, what: str, said: str) -> None:
-    report = ended(job.run(train, 4, 0, what, "reduce"), 0)
-    assert report.startswith(f"zcompile: {said}"), report
+HOLDER = {
+    "kill": "rank 0 is gone, and with it the job's store, which it holds",
+    "stop": "rank 0 does not answer, and with it the job's store, which it holds",
+    "raise": "rank 0 raised ValueError: sample 17 is no number",
+    "leave": "rank 0 ended while others still waited",
+}
+
+
+@cases(*(Case(what, "reduce", odd=0) for what in HOLDER))
+def test_f12_f13_f14_the_rank_that_holds_the_store(job: Callable[[Case], End], case: Case) -> None:
+    report = ended(job(case).ranks, 0)
+    assert report.startswith(f"zcompile: {HOLDER[case.what]}"), report
     assert missed(report, "reduce"), report
 
 
-@pytest.mark.slow
-def test_a_rank_that_is_stuck_in_other_code_is_named_and_ended(job: Jobs) -> None:
-    ranks = job.run(train, 4, 3, "spin", "reduce")
+@cases(Case("spin", "reduce"))
+def test_a_rank_that_is_stuck_in_other_code_is_named_and_ended(job: Callable[[Case], End], case: Case) -> None:
+    ranks = job(case).ranks
     report = ended(ranks, 3)
     assert report.startswith(f"zcompile: rank 3 is in no collective: Python is at {line('spins here')}"), report
     assert ranks[3].code == 1 and ranks[3].seconds < SOON, "it would sleep for hours"
     assert "zcompile: rank 3 is ended, 12 s after the verdict" in ranks[3].output
 
 
-@pytest.mark.slow
-def test_a_rank_that_goes_on_after_an_error_is_named_with_the_error(job: Jobs) -> None:
+@cases(Case("raise", "gather", swallow=True))
+def test_a_rank_that_goes_on_after_an_error_is_named_with_the_error(job: Callable[[Case], End], case: Case) -> None:
     """It catches what its own forward raised, while the others wait for it there: they would wait for ever."""
-    report = ended(job.run(train, 4, 3, "raise", "gather", "eager", True), 9)
+    report = ended(job(case).ranks, 9)
     assert report.startswith("zcompile: rank 3 went on after ValueError: sample 17 is no number"), report
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["kill", "stop"])
-@pytest.mark.parametrize("ours", [True, False])
-def test_f12_f13_during_a_save(job: Jobs, what: str, ours: bool, tmp_path: Path) -> None:
+@cases(*(Case(what, "save", saves=by) for what in ("kill", "stop") for by in ("ours", "torch")))
+def test_f12_f13_during_a_save(job: Callable[[Case], End], case: Case) -> None:
     """By zcompile.save and by torch's own call, whose collectives are torch's. The checkpoint before it loads."""
-    error = "CheckpointError" if ours else "RuntimeError"
-    report = ended(job.run(train, 4, 3, what, "save", "eager", False, str(tmp_path), ours), 3, error)
-    assert report.startswith(f"zcompile: {SAID[what]}"), report
-    where = f"`writing {tmp_path}/1`" if ours else "a collective that is not zcompile's, at test_faults.py:"
+    end, ours = job(case), case.saves == "ours"
+    report = ended(end.ranks, 3, "CheckpointError" if ours else "RuntimeError")
+    assert report.startswith(f"zcompile: {SAID[case.what]}"), report
+    where = f"`writing {end.folder}/1`" if ours else "a collective that is not zcompile's, at test_faults.py:"
     assert where in report, report
     state = Model().state_dict()
-    dcp.load({"model": state} if ours else state, checkpoint_id=tmp_path / "0")
-    expected = torch.load(tmp_path / "expected-0")
+    dcp.load({"model": state} if ours else state, checkpoint_id=end.folder / "0")
+    expected = torch.load(end.folder / "expected-0")
     assert set(state) == set(expected) and all(torch.equal(state[name], value) for name, value in expected.items())
 
 
-@pytest.mark.slow
-def test_f37_a_rank_out_of_memory_says_by_whom_it_is_taken(job: Jobs) -> None:
-    report = ended(job.run(train, 4, 3, "memory", "reduce", "graph"), 3)
+@cases(Case("memory", "reduce", mode="graph"))
+def test_f37_a_rank_out_of_memory_says_by_whom_it_is_taken(job: Callable[[Case], End], case: Case) -> None:
+    report = ended(job(case).ranks, 3)
     held, peak, process = (part.split("memory     ")[1] for part in report.splitlines() if part.startswith("  memory"))
     assert held.startswith("held: master 1.59 kB, copy 3.18 kB"), report
     assert (
@@ -271,7 +297,7 @@ def flipped(rank: int, checks: Any, where: str, mode: str) -> str:
     return "trained"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def four() -> Iterator[Pool]:
     made = Pool(4)
     yield made

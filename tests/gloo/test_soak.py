@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,35 +12,18 @@ import pytest
 from zcompile import cli, soak
 
 
-def run(*arguments: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "zcompile.cli", "soak", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
 @pytest.mark.slow
-def test_restarts_end_with_the_bits_of_a_run_without_a_stop(tmp_path: Path) -> None:
-    found = run(
-        "--restarts",
-        "3",
-        "--topology",
-        "2",
-        "--eager",
-        "--folder",
-        str(tmp_path / "soak"),
-        "--json",
-        str(tmp_path / "result"),
-    )
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
-    result = json.loads((tmp_path / "result").read_text())
-    assert result["ok"] and result["same_bits"] and result["passed"] == 3 and result["failures"] == []
-    assert result["last"]["step"] == 6 and result["uninterrupted"] == result["last"]
-    assert sorted(path.name for path in (tmp_path / "soak").iterdir()) == ["step-000004", "step-000006"]
-    assert "3 of 3" in found.stdout and "the same bits" in found.stdout
+def test_restarts_end_with_the_bits_of_a_run_without_a_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, result = tmp_path / "soak", tmp_path / "result"
+    settings = ["--restarts", "3", "--steps", "1", "--topology", "2", "--eager", "--folder", str(folder)]
+    code = cli.main(["soak", *settings, "--json", str(result)])
+    said = capsys.readouterr().out
+    assert code == 0, said
+    found = json.loads(result.read_text())
+    assert found["ok"] and found["same_bits"] and found["passed"] == 3 and found["failures"] == []
+    assert found["last"]["step"] == 3 and found["uninterrupted"] == found["last"]
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000002", "step-000003"]
+    assert "3 of 3" in said and "the same bits" in said
 
 
 @pytest.mark.parametrize(
@@ -109,7 +91,6 @@ def test_bad_arguments_start_nothing(arguments: list[str], said: str, capsys: py
 
 
 @pytest.mark.slow
-def test_restarts_with_a_compiler() -> None:
-    found = run("--restarts", "2", "--topology", "2", "--json", "-")
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
-    assert json.loads(found.stdout)["same_bits"]
+def test_restarts_with_a_compiler(capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["soak", "--restarts", "2", "--steps", "1", "--topology", "2", "--json", "-"])
+    assert code == 0 and json.loads(capsys.readouterr().out)["same_bits"]

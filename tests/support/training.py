@@ -22,7 +22,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 """No compiler; Dynamo and every pass, the graph run node by node; the same with Inductor's code."""
 
-SIZES = {1: "1", 2: "2", 3: "3", 4: "2x2", 8: "2x2x2"}
+SIZES = {1: "1", 2: "2", 3: "3", 4: "2x2", 6: "6", 8: "2x2x2"}
 TOLERANCE = 1e-6
 
 
