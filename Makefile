@@ -2,9 +2,12 @@
 # Each target installs what it needs into .venv first; nothing is written outside this folder but pip's own cache.
 
 PYTHON ?= python3
-VENV := .venv
+# `make test-quick TORCH=2.11.0`: with that release of torch, in an environment and caches of its own.
+TORCH ?=
+OF_TORCH := $(if $(TORCH),-torch-$(TORCH))
+VENV := .venv$(OF_TORCH)
 BIN := $(VENV)/bin
-CACHE := $(CURDIR)/build/cache
+CACHE := $(CURDIR)/build/cache$(OF_TORCH)
 ARGS ?=
 
 # `kernels` is also a public package: the repository root must not be on the module path (see pyproject.toml).
@@ -24,8 +27,9 @@ help:
 	@echo "make train       train examples/train_gpt.py on 8 local processes (ARGS='--steps 40' passes options on)"
 	@echo "make convergence training with quantised formats beside native ones, seed by seed (ARGS='--steps 40'); hours on two cores"
 	@echo "make test        every test;  make test-quick: all but the slow ones (ARGS='tests/unit -k plan')"
+	@echo "                 either of them with another release of torch, in an environment of its own: make test-quick TORCH=2.11.0"
 	@echo "make lint        ruff and mypy"
-	@echo "make clean       remove .venv, build/ and what Python leaves behind"
+	@echo "make clean       remove .venv, those of other releases, build/ and what Python leaves behind"
 
 train: $(VENV)/.installed
 	$(BIN)/torchrun --standalone --nproc-per-node 8 examples/train_gpt.py --topology 2x2x2 --plan zero_topo $(ARGS)
@@ -44,7 +48,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache
+	rm -rf .venv .venv-torch-* build dist *.egg-info .pytest_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Stamps: an environment is stale when pyproject.toml is newer, and made anew when its Python no longer runs.
@@ -64,5 +68,5 @@ define install
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	|| { echo "zcompile needs Python 3.10 or newer on PATH (or PYTHON=/path/to/python3); found: $$($(PYTHON) --version 2>&1)"; exit 1; }
 @$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '$(1)'
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '$(1)' $(if $(TORCH),'torch==$(TORCH)')
 endef

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch._guards import detect_fake_mode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from zcompile import cost, transfers
+from zcompile._torch_compat import detect_fake_mode
 from zcompile.layout import ParamSpec
 from zcompile.ops import needs_wait
 from zcompile.passes import seedless

@@ -34,6 +34,7 @@ from torch._C._distributed_c10d import (  # read from torch 2.13
 )
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.decorators import skip, skip_code
+from torch._guards import detect_fake_mode  # read from torch 2.11 and 2.13
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state  # read from torch 2.13
@@ -63,8 +64,10 @@ __all__ = [
     "clone_store",
     "default_group",
     "default_store",
+    "detect_fake_mode",
     "new_group",
     "number_of_groups",
+    "propagate_by",
     "register_group",
     "resolve_group",
     "run_and_save_rng_state",
@@ -104,6 +107,17 @@ def sharding_propagator() -> Any:
     """What finds the placements of an operation over DTensors in this process: by `propagate_op_sharding_non_cached` for what it has not
     met. Read from torch 2.11 and 2.13."""
     return DTensor._op_dispatcher.sharding_propagator
+
+
+def propagate_by(function: Callable[[Any], Any]) -> None:
+    """From now on DTensor asks `function(schema)` for the placements of what it has not met, instead of `propagate_op_sharding_non_cached`.
+
+    An operation whose key C++ cannot compute comes by a cache in Python, which holds the method that it was made with: made anew here
+    (2.11: those over lists, which 2.13 has a key for; read from 2.11 and 2.13, `_sharding_prop.py` and `_dispatch.py`).
+    """
+    propagator = sharding_propagator()
+    propagator.propagate_op_sharding_non_cached = function
+    propagator.propagate_op_sharding = type(propagator.propagate_op_sharding)(function)
 
 
 def unwaited_work() -> int:
@@ -155,17 +169,14 @@ def number_of_groups() -> int:
 def new_group(ranks: list[int], *, backend: str | None, timeout: float, description: str) -> dist.ProcessGroup:
     """A process group of `ranks` in exactly that order, made by its members alone; `timeout` in seconds.
 
-    Keeping the order needs `sort_ranks` of `new_group` (torch 2.13). Without it, torch sorts the ranks and every
-    sharded tensor comes back permuted with no error, hence the refusal here.
+    ValueError on a rank that is no member.
     """
-    keywords: dict[str, Any] = {}
-    if ranks != sorted(ranks):
-        if "sort_ranks" not in inspect.signature(dist.new_group).parameters:
-            raise RuntimeError(
-                f"group of ranks {ranks}: torch {torch.__version__} sorts the ranks of a group and cannot keep this "
-                "order; use torch >= 2.13, or start the ranks so that each level's ranks are ascending"
-            )
-        keywords["sort_ranks"] = False
+    if dist.get_rank() not in ranks:
+        raise ValueError(f"group of ranks {ranks}: this process has rank {dist.get_rank()} and is not a member")
+    ascending = ranks == sorted(ranks)
+    if not ascending and not _order_is_an_option():
+        return _group_in_order(ranks, backend, timeout, description)
+    keywords: dict[str, Any] = {} if ascending else {"sort_ranks": False}
     group = dist.new_group(
         ranks,
         timeout=timedelta(seconds=timeout),
@@ -174,9 +185,34 @@ def new_group(ranks: list[int], *, backend: str | None, timeout: float, descript
         group_desc=description,
         **keywords,
     )
-    if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group of ranks {ranks}: this process has rank {dist.get_rank()} and is not a member")
-    return group
+    return cast(dist.ProcessGroup, group)
+
+
+def _order_is_an_option() -> bool:
+    """Whether `new_group` can be told to keep the order of the ranks (2.12 and 2.13: `sort_ranks`; 2.11 sorts them, and every sharded tensor
+    would come back permuted, with no error).
+    """
+    return "sort_ranks" in inspect.signature(dist.new_group).parameters
+
+
+def _group_in_order(ranks: list[int], backend: str | None, timeout: float, description: str) -> dist.ProcessGroup:
+    """What `new_group` does after it has sorted the ranks, without the sorting: what is below it takes them in any order (read from torch
+    2.11 and 2.13, `_new_group_with_tag`). Its barrier, off by default, is left out: zcompile's first collective on a group is one.
+    """
+    default = default_group()
+    group, _ = distributed_c10d._new_process_group_helper(
+        len(ranks),
+        ranks.index(dist.get_rank()),
+        ranks,
+        distributed_c10d._get_backend_from_str(backend),
+        distributed_c10d._world.pg_map[default][1],
+        distributed_c10d._process_group_name(ranks, use_hashed_name=True),
+        timeout=timedelta(seconds=timeout),
+        device_id=default.bound_device_id,
+        group_desc=description,
+    )
+    distributed_c10d._world.pg_group_ranks[group] = {rank: position for position, rank in enumerate(ranks)}
+    return cast(dist.ProcessGroup, group)
 
 
 def all_gather(output: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
@@ -286,12 +322,12 @@ class GraphPass(CustomGraphPass):
         return self._key
 
 
-class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", object)):  # type: ignore[misc]
+class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", CustomGraphPass)):  # type: ignore[misc]
     """For Inductor's `_pre_fusion_custom_pass`: each launch and wait depends on the one before it, so that no fusion moves them past one
     another. Without it a fused kernel takes the place of its first part, and what its other parts wait for moves up with it.
 
-    2.13: scheduler.py, which does the same for launches alone in `decide_global_ordering_of_comms`. A torch without `CustomSchedulerPass`
-    runs it too, but then caches no code.
+    2.13: scheduler.py, which does the same for launches alone in `decide_global_ordering_of_comms`. The base class is the one that
+    codecache.py asks for before it caches code: 2.13 has one for passes of the scheduler, 2.11 and 2.12 take that of graph passes for both.
 
     Args:
         beside: custom ops that keep their place among the launches and waits too.

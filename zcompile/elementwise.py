@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Replicate, Shard
 
-from zcompile._torch_compat import DTensorSpec, OutputSharding, sharding_propagator
+from zcompile._torch_compat import DTensorSpec, OutputSharding, propagate_by, sharding_propagator
 
 _LISTS = frozenset(
     f"aten::_foreach_{name}{mark}"
@@ -33,7 +33,7 @@ def shortcut() -> None:
     global _installed
     if not _installed:
         propagator = sharding_propagator()
-        propagator.propagate_op_sharding_non_cached = _first(propagator, propagator.propagate_op_sharding_non_cached)
+        propagate_by(_first(propagator, propagator.propagate_op_sharding_non_cached))
         _installed = True
 
 
@@ -47,6 +47,8 @@ def _first(propagator: Any, torchs: Callable[[Any], Any]) -> Callable[[Any], Any
 
 def stays(propagator: Any, schema: Any) -> Any:
     """Where the result of an element-wise operation over tensors that lie alike is (an OutputSharding); None: ask torch."""
+    if schema.op is torch.ops.aten.new_empty_strided.default:
+        return _empty(propagator, schema)
     tensors = _tensors(schema) if _elementwise(schema.op) else None
     if not tensors:
         return None
@@ -62,6 +64,25 @@ def stays(propagator: Any, schema: Any) -> Any:
         return None
     specs = zip(tensors[0], meta, strict=True)
     return OutputSharding(tuple(spec.shallow_copy_with_tensor_meta(each) for spec, each in specs))
+
+
+def _empty(propagator: Any, schema: Any) -> Any:
+    """Where an empty tensor of a sharded one's shape is: where that is. None unless rows are sharded, and lie one after another.
+
+    autograd copies a gradient into one if somebody else holds the gradient too, which may be so on some ranks only. There torch 2.11
+    replicates what does not divide evenly, and the copy gathers: no other rank comes to that. 2.12 answers as this does.
+    """
+    like, shape = schema.args_schema[:2]
+    if not isinstance(like, DTensorSpec) or like.tensor_meta is None or tuple(shape) != tuple(like.tensor_meta.shape):
+        return None
+    rows = [placement for placement in like.placements if type(placement) is Shard and placement.dim == 0]
+    whole = [placement for placement in like.placements if type(placement) is Replicate]
+    meta = propagator._propagate_tensor_meta_non_cached(schema)
+    if not rows or len(rows) + len(whole) != len(like.placements) or meta.stride[0] != max(meta.stride):
+        return None
+    spec = like.shallow_copy_with_tensor_meta(meta)
+    local = propagator._adjust_shape_and_stride_args(meta, schema, spec)  # the local shape in the global one's place
+    return OutputSharding(spec, local, needs_redistribute=True, use_val_from_redistribute_schema=True)
 
 
 def _elementwise(op: Any) -> bool:

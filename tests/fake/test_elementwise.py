@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from zcompile import elementwise, hierarchical_zero
-from zcompile._torch_compat import sharding_propagator
+from zcompile._torch_compat import propagate_by, sharding_propagator
 from zcompile.paper import world
 from zcompile.topology import Topology
 
@@ -30,11 +30,11 @@ def searched() -> Iterator[Found]:
         found.append((schema.op.name(), elementwise.stays(propagator, schema), torchs(propagator, schema)))
         return found[-1][2]
 
-    propagator.propagate_op_sharding_non_cached = both
+    propagate_by(both)
     try:
         yield found
     finally:
-        propagator.propagate_op_sharding_non_cached = right
+        propagate_by(right)
 
 
 def wrapped(*sizes: int) -> Any:
@@ -109,6 +109,53 @@ def unlike(rank: int) -> list[str]:
 
 def test_what_does_not_lie_alike_is_torchs_to_place(paper: Any) -> None:
     assert paper.run(unlike) == [[]]
+
+
+def ways(rank: int) -> list[Any]:
+    """What an own function is asked if DTensor asks for what is in its cache in Python, and if it does not."""
+    asked: list[Any] = []
+    with searched():  # puts back what there was
+        propagate_by(asked.append)
+        sharding_propagator().propagate_op_sharding("by the cache")
+        sharding_propagator().propagate_op_sharding_non_cached("at once")
+    return asked
+
+
+def test_the_shortcut_is_on_both_ways_to_torchs_search(paper: Any) -> None:
+    """torch 2.11 goes by a cache that holds the method which it was made with, for all operations over lists."""
+    assert paper.run(ways) == [["by the cache", "at once"]]
+
+
+class Given(torch.autograd.Function):
+    """Something whose gradient is what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, gradient: Any) -> torch.Tensor:
+        ctx.gradient = gradient
+        return x.to_local().sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, None]:
+        return ctx.gradient, None
+
+
+def held(rank: int) -> list[Any]:
+    """(rows, placements, local values) of gradients that autograd has to copy, since somebody holds them."""
+    with world(Topology.parse("2x2x2")):
+        mesh = wrapped(83, 19).zero.runtime.mesh("cpu")
+        found = []
+        for rows in (16, 13, 1):
+            kept = distribute_tensor(torch.arange(rows * 3.0).view(rows, 3), mesh, [Shard(0)] * 3, src_data_rank=None)
+            parameter = nn.Parameter(kept + 1)
+            Given.apply(parameter, kept).backward()
+            assert parameter.grad is not kept
+            found.append((rows, parameter.grad.placements, torch.equal(parameter.grad.to_local(), kept.to_local())))
+        return found
+
+
+def test_a_gradient_that_somebody_holds_is_copied_where_it_is(paper: Any) -> None:
+    """torch 2.11 makes the copy of uneven rows whole, by collectives that only some ranks may call."""
+    assert paper.run(held) == [[(rows, (Shard(0),) * 3, True) for rows in (16, 13, 1)]]
 
 
 def first_step(rank: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 import sys
@@ -156,9 +155,13 @@ def test_gathers_have_a_communicator_of_their_own(ranks: Ranks) -> None:
 # --- several runtimes in one process ----------------------------------------------------------------------------------
 
 
-def _many_topologies(rank: int) -> list[str]:
+SHARING = [("2x2", None), ("2x2", (0, 1, 3, 2)), ("4", None), ("2x2", (0, 3, 1, 2)), ("1x4", None)]
+ORDERED = [("2x2", (3, 2, 1, 0)), ("4", (2, 0, 3, 1)), ("2x2", (1, 3, 0, 2))]
+
+
+def _many_topologies(rank: int, topologies: list[Any]) -> list[str]:
     done = []
-    for shape, order in [("2x2", None), ("2x2", (0, 1, 3, 2)), ("4", None), ("2x2", (0, 3, 1, 2)), ("1x4", None)]:
+    for shape, order in topologies:
         here = runtime(shape, order)
         k = len(here.topology.levels)
         x = functional.wait_tensor(
@@ -170,16 +173,26 @@ def _many_topologies(rank: int) -> list[str]:
     return done
 
 
-@pytest.mark.skipif(
-    "sort_ranks" not in inspect.signature(dist.new_group).parameters,
-    reason="torch < 2.13 cannot keep the order of a group's ranks",
-)
 def test_topologies_that_share_groups_on_some_ranks_only(ranks: Ranks) -> None:
     """torch names a group after its ranks and the number of groups so far: reusing a group on some ranks would leave
     the others waiting.
     """
-    answers = ranks(4).run(_many_topologies)
+    answers = ranks(4).run(_many_topologies, SHARING)
     assert len(set(answers[0])) == 5 and all(answer == answers[0] for answer in answers)
+
+
+def _sorted_by_torch(rank: int) -> list[str]:
+    """With a `new_group` that sorts the ranks, as that of torch 2.11 does."""
+    option, compat._order_is_an_option = compat._order_is_an_option, lambda: False
+    try:
+        return _many_topologies(rank, ORDERED)
+    finally:
+        compat._order_is_an_option = option
+
+
+def test_groups_keep_the_order_of_ranks_where_torch_would_sort_them(ranks: Ranks) -> None:
+    answers = ranks(4).run(_sorted_by_torch)
+    assert len(set(answers[0])) == 3 and all(answer == answers[0] for answer in answers)
 
 
 def _close(rank: int) -> Any:
