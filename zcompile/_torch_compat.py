@@ -189,8 +189,8 @@ def new_group(ranks: list[int], *, backend: str | None, timeout: float, descript
 
 
 def _order_is_an_option() -> bool:
-    """Whether `new_group` can be told to keep the order of the ranks (2.12 and 2.13: `sort_ranks`; 2.11 sorts them, and every sharded tensor
-    would come back permuted, with no error).
+    """Whether `new_group` can be told to keep the order of the ranks (2.12 and 2.13: `sort_ranks`). 2.11 sorts them, and every sharded
+    tensor would come back permuted, with no error.
     """
     return "sort_ranks" in inspect.signature(dist.new_group).parameters
 
