@@ -19,7 +19,7 @@ from support.spawn import Pool
 from torch import nn
 
 from zcompile.bench import counting, report
-from zcompile.bench.rank import _Memory
+from zcompile.bench.memory import Memory
 from zcompile.topology import Topology
 
 SIZE = 64 << 20
@@ -72,7 +72,7 @@ def test_the_sum_over_ranks() -> None:
 
 def mapped_twice(rank: int) -> int:
     """Peak bytes of a rank that maps `SIZE` bytes of memory twice, as two ranks that read one another's copy do between them."""
-    memory = _Memory(torch.device("cpu"))
+    memory = Memory(torch.device("cpu"))
     memory.reset()
     path = Path(f"/dev/shm/zcompile-test-{os.getpid()}")
     with path.open("wb+") as file:
