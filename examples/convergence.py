@@ -70,8 +70,10 @@ PLANS = {
     "gathers": Variant("int8 gathers and refresh alone", {"gather": "int8"}),
     "reductions": Variant("int4 reductions and sync alone", {"reduce": "int4"}),
     "int8": Variant("int8 everywhere", {"gather": "int8", "reduce": "int8"}),
+    "stochastic": Variant("int8/int4, reductions rounded stochastically", {"wire": "paper", "reduce": "int4/256/stochastic"}),
+    "large-blocks": Variant("int8/int4, reductions in blocks of 256", {"wire": "paper", "reduce": "int4/256"}),
 }
-DEFAULT = list(PLANS)[:6]  # the last three tell where a difference comes from
+DEFAULT = list(PLANS)[:6]  # the next three tell where a difference comes from, the last two what blocks and rounding have to do with it
 
 
 # On the ranks.
