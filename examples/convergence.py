@@ -18,7 +18,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +27,25 @@ import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import zcompile
 from zcompile.ranks import Pool, RanksFailed
+from zcompile.reference import Reference
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # with PYTHONSAFEPATH=1 Python does not do so
-from gpt import Corpus
-from train_gpt import add_training_options, amount, positive, prepare, received, shape_of
+from gpt import GPT, Batches, Corpus, windows
+from train_gpt import (
+    adamw,
+    add_training_options,
+    amount,
+    learning_rate,
+    positive,
+    prepare,
+    received,
+    shape_of,
+    validation_picks,
+)
 
 TOPOLOGY, PRESET, RANKS = "2x2x2", "zero_topo", 8
 LOSSES = ("train_loss", "validation_loss")
@@ -70,10 +82,14 @@ PLANS = {
     "gathers": Variant("int8 gathers and refresh alone", {"gather": "int8"}),
     "reductions": Variant("int4 reductions and sync alone", {"reduce": "int4"}),
     "int8": Variant("int8 everywhere", {"gather": "int8", "reduce": "int8"}),
-    "stochastic": Variant("int8/int4, reductions rounded stochastically", {"wire": "paper", "reduce": "int4/256/stochastic"}),
+    "stochastic": Variant(
+        "int8/int4, reductions rounded stochastically", {"wire": "paper", "reduce": "int4/256/stochastic"}
+    ),
     "large-blocks": Variant("int8/int4, reductions in blocks of 256", {"wire": "paper", "reduce": "int4/256"}),
 }
-DEFAULT = list(PLANS)[:6]  # the next three tell where a difference comes from, the last two what blocks and rounding have to do with it
+DEFAULT = list(PLANS)[
+    :6
+]  # the next three tell where a difference comes from, the last two what blocks and rounding have to do with it
 
 
 # On the ranks.
@@ -117,6 +133,54 @@ def train(rank: int, arguments: argparse.Namespace, name: str) -> list[dict[str,
                 "train_loss": tail(curve),
                 "validation_loss": run.validate(),
                 "bytes": counted,
+                "seconds": time.perf_counter() - begin,
+                "losses": curve,
+            }
+        )
+    return runs
+
+
+def train_alone(arguments: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """What `train` returns but for the bytes, by the unsharded reference in this process: it has the bits of sharded training."""
+    torch.set_num_threads(1)
+    variant, shape, runs = PLANS[name], shape_of(arguments), []
+    plan = variant.plan().resolve(zcompile.Topology.parse(TOPOLOGY), arguments.dtype)
+    micro, size = arguments.accumulate, arguments.micro_batch
+    for seed in range(arguments.seeds):
+        begin = time.perf_counter()
+        torch.manual_seed(seed)
+        made: list[torch.optim.AdamW] = []
+
+        def optimizer(masters: Iterable[nn.Parameter], made: list[torch.optim.AdamW] = made) -> torch.optim.AdamW:
+            made.append(adamw(masters, arguments.lr))
+            return made[0]
+
+        reference = Reference(
+            GPT(shape), plan, optimizer, loss=lambda model, batch: model(*batch) / micro,
+            compute_dtype=getattr(torch, arguments.dtype),
+        )  # fmt: skip
+        batches, curve = Batches(corpus().train, shape.context, seed), []
+        for step in range(arguments.steps):
+            for group in made[0].param_groups:
+                group["lr"] = learning_rate(arguments, step)
+            taken: list[list[Any]] = [[] for _ in range(RANKS)]
+            for _ in range(micro):
+                position = batches.position
+                for rank in range(RANKS):
+                    batches.position = position
+                    taken[rank].append(batches.take(size, (rank + variant.shift) % RANKS, RANKS))
+            curve.append(float(reference.step(taken).sum(1).mean()))
+        print(f"{name}, seed {seed}: {arguments.steps} steps, {time.perf_counter() - begin:.0f} s", flush=True)
+        text, model = corpus().validation, reference.current().eval()
+        with torch.no_grad():
+            picks = validation_picks(arguments, text, shape.context, RANKS).split(size)
+            validation = float(torch.stack([model(*windows(text, part, shape.context)) for part in picks]).mean())
+        runs.append(
+            {
+                "seed": seed,
+                "train_loss": tail(curve),
+                "validation_loss": validation,
+                "bytes": {},
                 "seconds": time.perf_counter() - begin,
                 "losses": curve,
             }
@@ -194,6 +258,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_training_options(parser)
     parser.set_defaults(dtype="bfloat16", accumulate=1)
     option("--compile", action="store_true", help="compile (default: eager, which computes the same transfers)")
+    option("--reference", action="store_true",
+           help="by the unsharded reference, in one process: the same bits, sooner, and no bytes")  # fmt: skip
     option("--json", type=pathlib.Path, metavar="FILE", help="write everything there")
     option("--markdown", type=pathlib.Path, metavar="FILE", help="write the table there")
     arguments = parser.parse_args(argv)
@@ -219,7 +285,11 @@ def main() -> int:
     pool = Pool(RANKS)
     try:
         for name in arguments.plans:
-            found[name] = pool.run(train, arguments, name, timeout=timeout)[0]
+            found[name] = (
+                train_alone(arguments, name)
+                if arguments.reference
+                else pool.run(train, arguments, name, timeout=timeout)[0]
+            )
             result = report(settings, found, time.perf_counter() - begin)
             for path, text in (
                 (arguments.json, json.dumps(result, indent=1)),

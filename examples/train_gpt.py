@@ -17,7 +17,7 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
@@ -90,6 +90,30 @@ def memory_per_rank(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, i
 # The run.
 
 
+def learning_rate(arguments: argparse.Namespace, step: int) -> float:
+    """Linear warm-up, a plateau, and a linear way down to zero."""
+    warm = (step + 1) / (WARM_UP * arguments.steps)
+    left = (1 - step / arguments.steps) / DECAY
+    return float(arguments.lr * min(1.0, warm, left))
+
+
+def adamw(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.AdamW:
+    """Weight decay is for matrices."""
+    held = list(parameters)
+    groups = [
+        {"params": [p for p in held if p.dim() == 2], "weight_decay": 0.1},
+        {"params": [p for p in held if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+
+
+def validation_picks(arguments: argparse.Namespace, text: Tensor, context: int, ranks: int) -> Tensor:
+    """Windows spread evenly over the validation bytes, equally many for each rank."""
+    size = arguments.micro_batch * ranks
+    count = max(1, arguments.validation_windows // size) * size
+    return torch.linspace(0, (len(text) - 1) // context - 1, count).long()
+
+
 @dataclass
 class Run:
     arguments: argparse.Namespace
@@ -109,19 +133,12 @@ class Run:
         micro_step = self.ranks * self.arguments.micro_batch * self.batches.context
         self.tokens_per_step = micro_step * self.arguments.accumulate
 
-    def learning_rate(self) -> float:
-        """Linear warm-up, a plateau, and a linear way down to zero."""
-        steps = self.arguments.steps
-        warm = (self.step + 1) / (WARM_UP * steps)
-        left = (1 - self.step / steps) / DECAY
-        return float(self.arguments.lr * min(1.0, warm, left))
-
     def train_step(self) -> Tensor:
         """One optimizer step over `accumulate` micro-batches; returns this rank's mean loss."""
         micro_steps = self.arguments.accumulate
         loss = torch.zeros((), device=self.device)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
+            group["lr"] = learning_rate(self.arguments, self.step)
         for micro in range(micro_steps):
             x, y = self.batches.take(self.arguments.micro_batch, self.rank, self.ranks)
             last = micro == micro_steps - 1
@@ -146,8 +163,7 @@ class Run:
         """Mean loss over windows spread evenly over the validation bytes, the same for all ranks."""
         size = self.arguments.micro_batch
         text, context = self.corpus.validation, self.batches.context
-        count = max(1, self.arguments.validation_windows // (size * self.ranks)) * size * self.ranks
-        picks = torch.linspace(0, (len(text) - 1) // context - 1, count).long()[self.rank :: self.ranks]
+        picks = validation_picks(self.arguments, text, context, self.ranks)[self.rank :: self.ranks]
         self.model.eval()
         losses = [self.model(*(t.to(self.device) for t in windows(text, part, context))) for part in picks.split(size)]
         self.model.train()
@@ -213,10 +229,7 @@ def prepare(arguments: argparse.Namespace, plan: zcompile.Plan, corpus: Corpus, 
         overlap=arguments.overlap,
         tokens=arguments.micro_batch * shape.context,
     )
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.95))
+    optimizer = adamw(model.parameters(), arguments.lr)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     batches = Batches(corpus.train, shape.context, arguments.seed)
     if batches.count < ranks * arguments.micro_batch:
@@ -285,7 +298,7 @@ def train(run: Run, console: Console, metrics: IO[str] | None) -> tuple[float, f
                 metrics,
                 step=run.step,
                 loss=mean,
-                learning_rate=run.learning_rate(),
+                learning_rate=learning_rate(options, run.step),
                 tokens_per_second=speed,
                 seconds=now - started,
                 received=counted,

@@ -194,6 +194,7 @@ class Reference:
         self.loss = loss
         self._model = copy.deepcopy(model)
         self._weights = dict(self._model.named_parameters())
+        self._fresh = False
         self._images: dict[str, Tensor] = {}
         self._deltas: dict[str, int] = {}
         self._errors: dict[tuple[str, str, int], Tensor] = {}
@@ -240,7 +241,13 @@ class Reference:
             sums = self._compensate(name, "sync", at_g[name]) if name in at_g else None
             master.grad = None if sums is None else self.orders[name].to_o(sums)
         self._optimizer.step()
+        self._fresh = False
         return losses
+
+    def current(self) -> nn.Module:
+        """The model with the weights that a forward would see now: for an evaluation. They are its own until the next step."""
+        self._refresh()
+        return self._model
 
     def _compensate(self, name: str, transfer: str, parts: list[Tensor]) -> list[Tensor]:
         order = self.orders[name]
@@ -256,6 +263,9 @@ class Reference:
         return out
 
     def _refresh(self) -> None:
+        if self._fresh:
+            return
+        self._fresh = True
         with torch.no_grad():
             for name, weight in self._weights.items():
                 order, source = self.orders[name], self.masters[name].detach()

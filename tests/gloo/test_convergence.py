@@ -19,14 +19,16 @@ def run(*arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[st
     )
 
 
+SETTINGS = (
+    "--plans", "native", "paper-delta-feedback", "--seeds", "1", "--steps", "6", "--layers", "1", "--hidden", "64",
+    "--heads", "2", "--context", "32", "--micro-batch", "1", "--accumulate", "2", "--validation-windows", "16",
+)  # fmt: skip
+
+
 @pytest.mark.slow
 def test_two_plans_of_one_seed(tmp_path: Path) -> None:
     found, table = tmp_path / "new" / "result.json", tmp_path / "table.md"
-    result = run(
-        "--plans", "native", "paper-delta-feedback", "--seeds", "1", "--steps", "6", "--layers", "1", "--hidden", "64",
-        "--heads", "2", "--context", "32", "--micro-batch", "1", "--validation-windows", "16",
-        "--json", str(found), "--markdown", str(table),
-    )  # fmt: skip
+    result = run(*SETTINGS, "--json", str(found), "--markdown", str(table))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     report = json.loads(found.read_text())
     assert set(report) == {"topology", "preset", "settings", "seconds", "plans"}
@@ -45,6 +47,15 @@ def test_two_plans_of_one_seed(tmp_path: Path) -> None:
     assert all(quantized["bytes"][level] < native["bytes"][level] for level in native["bytes"])
     assert table.read_text().count("\n") == 4
     assert "native, seed 0: step 6 of 6" in result.stdout
+
+    alone = tmp_path / "alone.json"
+    result = run(*SETTINGS, "--reference", "--json", str(alone))
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    for name, plan in json.loads(alone.read_text())["plans"].items():
+        (mine,), (sharded,) = plan["runs"], report["plans"][name]["runs"]
+        # the same losses, averaged over the ranks in another order
+        for key in ("losses", "train_loss", "validation_loss"):
+            assert mine[key] == pytest.approx(sharded[key], rel=1e-6), (name, key)
 
 
 def test_a_bad_shape_is_refused_before_anything_starts() -> None:

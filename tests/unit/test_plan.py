@@ -115,7 +115,9 @@ def test_embeddings_norms_and_vectors_keep_native_formats_unless_a_rule_names_th
     assert short("embed.weight", (64, 256), "embedding")[:2] == ["int8/256", "int4/256"]
     assert plan.wires("embed.weight", (64, 256), kind="embedding").reduce[1].short == "fp32"
     assert short("a.head.weight", (64, 256), "matrix")[0] == "int8/256", "a rule that gives no format keeps the plan's"
-    assert short("tiny.weight", (64, 31), "matrix") == ["bf16", "int4/64", "int4/64", "bf16"], "its shards fill no block of 256"
+    assert short("tiny.weight", (64, 31), "matrix") == ["bf16", "int4/64", "int4/64", "bf16"], (
+        "its shards fill no block of 256"
+    )
     assert short("tiny.weight", (64, 7), "matrix") == ["bf16", "fp32", "fp32", "bf16"], "its shards fill no block"
     assert short("just.weight", (64, 32), "matrix")[0] == "int8/256"
 
