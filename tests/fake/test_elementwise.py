@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.spawn import Pool
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -17,6 +18,14 @@ from zcompile.paper import world
 from zcompile.topology import Topology
 
 Found = list[tuple[str, Any, Any]]
+
+
+@pytest.fixture(scope="module")
+def paper() -> Iterator[Pool]:
+    """A process of its own: that of the other tests has a process group left, and DTensor has met their shapes there."""
+    pool = Pool(1, backend=None)
+    yield pool
+    pool.close()
 
 
 @contextlib.contextmanager
