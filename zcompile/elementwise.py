@@ -8,7 +8,7 @@ placements, the cheapest is to leave them, so that is answered here. Everything 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,7 +95,11 @@ def _tensors(schema: Any) -> list[Any]:
     arguments = [*schema.args_schema, *schema.kwargs_schema.values()]
     if not all(_plain(argument) for argument in arguments):
         return []
-    lists = [argument for argument in arguments if isinstance(argument, (list, tuple)) and any(_specs(argument))]
+    lists = [
+        argument
+        for argument in arguments
+        if isinstance(argument, (list, tuple)) and any(isinstance(each, DTensorSpec) for each in argument)
+    ]
     found = [argument for argument in arguments if isinstance(argument, DTensorSpec)]
     if not lists:
         return found if _alike(found) else []
@@ -111,10 +115,6 @@ def _plain(argument: Any) -> bool:
     if isinstance(argument, (list, tuple)):
         return all(_plain(each) for each in argument)
     return argument is None or isinstance(argument, (DTensorSpec, bool, int, float, complex, torch.dtype, str))
-
-
-def _specs(arguments: Iterable[Any]) -> Iterator[Any]:
-    return (argument for argument in arguments if isinstance(argument, DTensorSpec))
 
 
 def _alike(specs: list[Any]) -> bool:

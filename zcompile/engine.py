@@ -187,9 +187,8 @@ class Engine:
             self._copy_sums.pop(unit, None)
         self.traffic.refreshed(old, full)
         self._check_fresh()
-        partly = bool(
-            self.reads.eager
-        )  # of the forward before: a compiled one has nothing to keep out, and no hook to pay for
+        # Of the forward before: one that is compiled as a whole has nothing to keep out, and no hook to pay for.
+        partly = bool(self.reads.eager)
         self.reads = Reads()
         call = Call(self, phase)
         call.open()

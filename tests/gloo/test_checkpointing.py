@@ -7,21 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.saved import keep_products, nodes_behind, raw_saved, watched
 from support.training import batch, full_state_dict
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import zcompile
 from zcompile import cost, hierarchical_zero
-from zcompile.backend import Compilation
-from zcompile.passes.nodes import COLLECTIVES, derived, find
 
 WORLD, WIDTH, ROWS, LAYERS = 2, 24, 32, 2
-
-
-def policy(context: Any, op: Any, *args: Any, **keywords: Any) -> CheckpointPolicy:
-    keep = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Block(nn.Module):
@@ -48,7 +42,7 @@ class Stack(nn.Module):
             if self.kind == "none":
                 x = block(x)
             elif self.kind == "selective":
-                contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+                contexts = functools.partial(create_selective_checkpoint_contexts, keep_products)
                 x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
             else:
                 x = checkpoint(block, x, use_reentrant=self.kind == "reentrant")
@@ -62,30 +56,12 @@ def trained(rank: int, kind: str, mode: str) -> dict[str, Any]:
     model: Any = hierarchical_zero(
         Stack(kind), topology="2x1x1", plan="zero_topo", compile=mode != "eager", codegen=False
     )
-    saved: list[tuple[int, bool]] = []
-    run = Compilation.half
-
-    def half(self: Any, gm: Any, *args: Any, **kwargs: Any) -> Any:
-        out = run(self, gm, *args, **kwargs)
-        if not (kwargs.get("is_backward") or kwargs.get("is_inference")):
-            kept = [node for node in next(iter(reversed(gm.graph.nodes))).args[0] if isinstance(node, torch.fx.Node)]
-            gathered = [node for node in find(gm.graph, *COLLECTIVES) if "gather" in str(node.args[2])]
-            weights = derived(user for node in gathered for user in node.users)
-            saved.append(
-                (
-                    sum(n.meta["val"].numel() * n.meta["val"].itemsize for n in kept if n.op != "placeholder"),
-                    bool(weights & set(kept)),
-                )
-            )
-        return out
-
-    Compilation.half = half  # type: ignore[method-assign]
     one: cost.Bytes = {}
     for slot in model.zero.slots:
         cost.add(one, cost.transfer_bytes(slot.spec, "gather"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    try:
+    with watched() as saved:
         for number in range(6):
             model.set_requires_gradient_sync(number % 2 == 1)
             torch.manual_seed(100 + 10 * number + rank)
@@ -95,13 +71,11 @@ def trained(rank: int, kind: str, mode: str) -> dict[str, Any]:
             if number % 2:
                 optimizer.step()
                 optimizer.zero_grad()
-    finally:
-        Compilation.half = run  # type: ignore[method-assign]
     ledger = zcompile.ledger(model)["levels"]
     return {
         "losses": losses,
         "state": full_state_dict(model),
-        "saved": [int(bytes_) for bytes_, _ in saved],
+        "saved": [bytes_ for bytes_, _ in saved],
         "weights saved": any(weights for _, weights in saved),
         "gathers": {level: row["gather"] for level, row in ledger.items()},
         "one": one,
@@ -158,21 +132,8 @@ def held(rank: int, kind: str) -> tuple[int, int]:
     model: Any = hierarchical_zero(Stack(kind), topology="2", plan="zero3", compile=False)
     whole = {slot.spec.layout.numel * 4 for slot in model.zero.slots if len(slot.spec.shape) > 1}
     loss = model(batch(rank, 0, ROWS, WIDTH)).square().mean()
-    seen: dict[int, int] = {}
-    todo, done = [loss.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in done:
-            continue
-        done.add(node)
-        todo += [each for each, _ in node.next_functions]
-        for name in dir(node):
-            if name.startswith("_raw_saved_"):
-                raw = getattr(node, name)
-                for each in raw if isinstance(raw, tuple) else (raw,):
-                    held_value = getattr(each, "data", None)
-                    if isinstance(held_value, Tensor):
-                        seen[held_value.untyped_storage()._cdata] = held_value.untyped_storage().nbytes()
+    storages = [tensor.untyped_storage() for node in nodes_behind(loss) for tensor in raw_saved(node)]
+    seen = {storage._cdata: storage.nbytes() for storage in storages}
     loss.backward()
     return sum(size for size in seen.values() if size in whole), sum(seen.values())
 

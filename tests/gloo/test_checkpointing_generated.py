@@ -7,21 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.saved import keep_products, watched
 from support.training import MODES, batch, full_state_dict, graphs, tokens
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import zcompile
 from zcompile import hierarchical_zero
-from zcompile.backend import Compilation
-from zcompile.passes.nodes import COLLECTIVES, derived, find
 
 WIDTH, ROWS = 24, 32
-
-
-def policy(context: Any, op: Any, *args: Any, **keywords: Any) -> CheckpointPolicy:
-    keep = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Stack(nn.Module):
@@ -38,28 +32,11 @@ class Stack(nn.Module):
             if self.kind == "none":
                 x = x + block(x)
             elif self.kind == "selective":
-                contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+                contexts = functools.partial(create_selective_checkpoint_contexts, keep_products)
                 x = x + checkpoint(block, x, use_reentrant=False, context_fn=contexts)
             else:
                 x = x + checkpoint(block, x, use_reentrant=False)
         return x
-
-
-def watched(saved: list[tuple[int, bool]]) -> Any:
-    """`Compilation.half`, which also notes of each forward: bytes that it computes and saves, and whether a gathered weight is one."""
-    run = Compilation.half
-
-    def half(self: Any, gm: Any, *args: Any, **kwargs: Any) -> Any:
-        out = run(self, gm, *args, **kwargs)
-        if not (kwargs.get("is_backward") or kwargs.get("is_inference")):
-            kept = [node for node in next(iter(reversed(gm.graph.nodes))).args[0] if isinstance(node, torch.fx.Node)]
-            gathered = [node for node in find(gm.graph, *COLLECTIVES) if "gather" in str(node.args[2])]
-            weights = derived(user for node in gathered for user in node.users)
-            size = sum(n.meta["val"].numel() * n.meta["val"].itemsize for n in kept if n.op != "placeholder")
-            saved.append((int(size), bool(weights & set(kept))))
-        return out
-
-    return half
 
 
 def two_steps(model: Any, loss: Any) -> tuple[list[float], dict[str, Tensor]]:
@@ -77,14 +54,9 @@ def two_steps(model: Any, loss: Any) -> tuple[list[float], dict[str, Tensor]]:
 def generated(rank: int, kind: str) -> dict[str, Any]:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    saved: list[tuple[int, bool]] = []
-    before = Compilation.half
-    Compilation.half = watched(saved)  # type: ignore[method-assign]
-    try:
+    with watched() as saved:
         model: Any = hierarchical_zero(Stack(kind), topology="2", plan="zero3", codegen=True)
         losses, state = two_steps(model, lambda m, n: m(batch(rank, n, ROWS, WIDTH)).square().mean())
-    finally:
-        Compilation.half = before  # type: ignore[method-assign]
     rows = zcompile.ledger(model)["levels"]
     return {"losses": losses, "state": state, "saved": saved, "ledger": rows, "graphs": graphs(model)}
 
@@ -147,10 +119,7 @@ def enabled(rank: int, name: str, mode: str, on: bool) -> dict[str, Any]:
     plain: Any = globals()[name]()
     if on:
         plain.gradient_checkpointing_enable()
-    saved: list[tuple[int, bool]] = []
-    before = Compilation.half
-    Compilation.half = watched(saved)  # type: ignore[method-assign]
-    try:
+    with watched() as saved:
         model: Any = hierarchical_zero(plain, topology="2x2", plan="zero_topo", **MODES[mode])
 
         def loss(model: Any, number: int) -> Tensor:
@@ -159,8 +128,6 @@ def enabled(rank: int, name: str, mode: str, on: bool) -> dict[str, Any]:
             return found
 
         losses, state = two_steps(model, loss)
-    finally:
-        Compilation.half = before  # type: ignore[method-assign]
     rows = zcompile.ledger(model)["levels"]
     found = zcompile.coverage(model)
     return {

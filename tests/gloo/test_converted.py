@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from support.patches import replaced
+from support.reading import Counting
 from support.state import same_bits, whole_state
 from torch import Tensor
 
@@ -39,41 +40,6 @@ def neox(seed: int = 0) -> Any:
 def logits(model: Any) -> Tensor:
     found: Tensor = model.eval()(input_ids=torch.arange(12).view(2, 6) % 41).logits
     return found.detach()
-
-
-class Counting:
-    """A safetensors file that counts the elements read from it."""
-
-    def __init__(self, inner: Any, read: list[int]) -> None:
-        self.inner, self.read = inner, read
-
-    def __enter__(self) -> Counting:
-        self.inner.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.inner.__exit__(*error)
-
-    def keys(self) -> Any:
-        return self.inner.keys()
-
-    def get_slice(self, name: str) -> Any:
-        whole, read = self.inner.get_slice(name), self.read
-
-        class Slice:
-            get_shape = whole.get_shape
-
-            def __getitem__(self, rows: Any) -> Tensor:
-                part: Tensor = whole[rows]
-                read.append(part.numel())
-                return part
-
-        return Slice()
-
-    def get_tensor(self, name: str) -> Tensor:
-        part: Tensor = self.inner.get_tensor(name)
-        self.read.append(part.numel())
-        return part
 
 
 def from_disk(rank: int, root: str) -> None:

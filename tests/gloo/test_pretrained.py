@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.patches import replaced
+from support.reading import Counting
 from support.state import same_bits, whole_state
 from torch import Tensor, nn
 
@@ -52,41 +53,6 @@ def logits(model: Any) -> Tensor:
     return found.detach()
 
 
-class _Counting:
-    """A safetensors file that counts the elements that are read from it."""
-
-    def __init__(self, file: Any, read: list[int]) -> None:
-        self.file, self.read = file, read
-
-    def __enter__(self) -> _Counting:
-        self.inner = self.file.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> Any:
-        return self.file.__exit__(*error)
-
-    def keys(self) -> Any:
-        return self.inner.keys()
-
-    def get_slice(self, name: str) -> Any:
-        whole, read = self.inner.get_slice(name), self.read
-
-        class Slice:
-            get_shape = whole.get_shape
-
-            def __getitem__(self, rows: Any) -> Tensor:
-                part: Tensor = whole[rows]
-                read.append(part.numel())
-                return part
-
-        return Slice()
-
-    def get_tensor(self, name: str) -> Tensor:
-        part: Tensor = self.inner.get_tensor(name)
-        self.read.append(part.numel())
-        return part
-
-
 def _round_trip(rank: int, root: str) -> None:
     for make in (t5, llama):
         plain, saved = make(), f"{root}/{make.__name__}"
@@ -99,9 +65,7 @@ def _round_trip(rank: int, root: str) -> None:
         # from the meta device, straight into shards
         read: list[int] = []
         original = pretrained._opened
-        with replaced(
-            pretrained, "_opened", lambda file, original=original, read=read: _Counting(original(file), read)
-        ):
+        with replaced(pretrained, "_opened", lambda file, original=original, read=read: Counting(original(file), read)):
             with torch.device("meta"):
                 bare = make(seed=5)
             model: Any = hierarchical_zero(bare, pretrained=saved, **SETTINGS)

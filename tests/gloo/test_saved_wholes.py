@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.patches import replaced
+from support.saved import nodes_behind, raw_saved
 from support.training import batch
 from torch import Tensor, nn
 
@@ -57,21 +58,8 @@ class Aside(nn.Module):
 def saved(loss: Tensor) -> list[Tensor]:
     """Tensors that the graph behind `loss` holds for its backward, of hooks what they were packed into if that is one."""
     found: dict[int, Tensor] = {}
-    todo: list[Any] = [loss.grad_fn]
-    done = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in done:
-            continue
-        done.add(node)
-        todo += [each for each, _ in node.next_functions]
-        for name in dir(node):
-            if name.startswith("_raw_saved_"):
-                raw = getattr(node, name)
-                for each in raw if isinstance(raw, tuple) else (raw,):
-                    value = getattr(each, "data", None)
-                    if isinstance(value, Tensor):
-                        found[value.untyped_storage()._cdata] = value
+    for node in nodes_behind(loss):
+        found |= {tensor.untyped_storage()._cdata: tensor for tensor in raw_saved(node)}
         found |= {t.untyped_storage()._cdata: t for t in getattr(node, "saved_tensors", ()) if isinstance(t, Tensor)}
     return list(found.values())
 

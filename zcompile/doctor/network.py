@@ -157,20 +157,10 @@ def caches(recording: Recording) -> Iterator[Finding]:
         needed = recording.amd if name in _MIOPEN else gpus if name.startswith("TRITON") else True
         advice = f"export {name}=/tmp/$USER-$SLURM_JOB_ID (or a local disk): "
         right, source = "a folder of the node's own", OLCF_PYTORCH if name in _MIOPEN else LUMI_AI
-        if value is not None and kind in _SHARED:
-            yield Finding(
-                name,
-                "warn",
-                f"{value} on {kind}",
-                right,
-                f"{advice}{kind} lacks the locking and is slow for small files",
-                LUMI_AI,
-            )
-        elif value is None and needed and kind in _SHARED:
-            seen = f"not set: {default} on {kind}"
-            yield Finding(
-                name, "warn", seen, right, f"{advice}{kind} lacks the locking and is slow for small files", source
-            )
+        if kind in _SHARED and (value is not None or needed):
+            seen = f"not set: {default} on {kind}" if value is None else f"{value} on {kind}"
+            wrong = f"{advice}{kind} lacks the locking and is slow for small files"
+            yield Finding(name, "warn", seen, right, wrong, source if value is None else LUMI_AI)
         elif value is None and name in _MIOPEN and needed and recording.multi_node and not kind:
             advice += "the home folder, which MIOpen takes else, is one for all nodes and lacks the locking"
             yield Finding(name, "warn", f"not set: {default}", right, advice, source)
