@@ -108,7 +108,7 @@ def train(rank: int, arguments: argparse.Namespace, name: str) -> list[dict[str,
     torch.set_num_threads(1)
     variant, steps = PLANS[name], arguments.steps
     runs = []
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         options = argparse.Namespace(**vars(arguments), seed=seed, topology=TOPOLOGY, eager=not arguments.compile)
         if (
             arguments.compile
@@ -146,7 +146,7 @@ def train_alone(arguments: argparse.Namespace, name: str) -> list[dict[str, Any]
     variant, shape, runs = PLANS[name], shape_of(arguments), []
     plan = variant.plan().resolve(zcompile.Topology.parse(TOPOLOGY), arguments.dtype)
     micro, size = arguments.accumulate, arguments.micro_batch
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         begin = time.perf_counter()
         torch.manual_seed(seed)
         made: list[torch.optim.AdamW] = []
@@ -254,7 +254,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     option = parser.add_argument
     option("--plans", nargs="+", default=DEFAULT, choices=list(PLANS), metavar="PLAN",
            help=f"of {', '.join(PLANS)} (default: the first {len(DEFAULT)}); native is always run")  # fmt: skip
-    option("--seeds", type=positive, default=3, metavar="N", help="seeds 0 .. N-1 (default: %(default)s)")
+    option("--seeds", type=positive, default=3, metavar="N", help="how many seeds (default: %(default)s)")
+    option("--first-seed", type=int, default=0, metavar="S", help="the first of them (default: %(default)s)")
     add_training_options(parser)
     parser.set_defaults(dtype="bfloat16", accumulate=1)
     option("--compile", action="store_true", help="compile (default: eager, which computes the same transfers)")

@@ -29,6 +29,7 @@ from zcompile.groups import AGREEMENT, Communicators, Counters, CountingGroup, D
 from zcompile.launcher import init_from_launcher
 from zcompile.layout import role_name
 from zcompile.origins import Origins
+from zcompile.swap import do_not_preempt
 from zcompile.topology import Topology
 
 __all__ = [
@@ -115,6 +116,8 @@ class Runtime:
         gloo = None if self._alone else communicators.get("", everybody, "world", AGREEMENT, backend="gloo")
         self.agreement = Agreement(gloo, self.rank, topology.world_size, timeout, self.watch)
         self._groups = communicators
+        if any(role.swap for role in self._roles.values()):
+            do_not_preempt()
         for name, role in self._roles.items():
             compat.register_group(name, role)
 

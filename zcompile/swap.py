@@ -10,10 +10,13 @@ Tensors of a GPU (several processes that share one, which NCCL refuses) travel t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,6 +127,23 @@ class Exchange(dist.Work):
         future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
         future.set_result([self._result])
         return future
+
+
+def do_not_preempt() -> None:
+    """From now on no thread of gloo's in this process interrupts another thread when a message wakes it (Linux's SCHED_BATCH; it keeps its
+    share of the processor).
+
+    A thread that sends holds its connection's lock, and gloo's own thread asks the kernel for that connection's events again and again
+    for as long. Where ranks share cores, the message wakes its receiver, which interrupts the sender at that point: docs/bench.md says
+    what that costs.
+    """
+    for task in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # the thread is over; a kernel that allows no change
+            if (
+                task.joinpath("comm").read_text().strip() == "gloo_tcp_loop"
+                and os.sched_getscheduler(int(task.name)) == os.SCHED_OTHER
+            ):
+                os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
 
 
 def _tensor(value: Any) -> Tensor:

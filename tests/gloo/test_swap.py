@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 import torch.distributed as dist
 from support.spawn import Pool, run
 
+from zcompile.runtime import Runtime
 from zcompile.swap import METHODS, Swap
+from zcompile.topology import Topology
 
 Ranks = Callable[[int], Pool]
 SIZES = (1, 5, 4096, 300_001)
@@ -125,3 +129,17 @@ def alone(rank: int) -> Any:
 def test_a_member_that_does_not_come_is_an_error_in_time() -> None:
     seconds = run(alone, 2)[0]
     assert 0.5 < seconds < 2.4
+
+
+def policies(rank: int) -> dict[bool, set[int]]:
+    """Whether a thread is gloo's -> scheduling policies, once a runtime has its groups."""
+    Runtime.get(Topology.parse("2x2"), timeout=30)
+    found: dict[bool, set[int]] = {}
+    for task in Path("/proc/self/task").iterdir():
+        gloos = (task / "comm").read_text().strip() == "gloo_tcp_loop"
+        found.setdefault(gloos, set()).add(os.sched_getscheduler(int(task.name)))
+    return found
+
+
+def test_threads_of_gloo_do_not_interrupt_those_that_send(ranks: Ranks) -> None:
+    assert ranks(4).run(policies) == [{True: {os.SCHED_BATCH}, False: {os.SCHED_OTHER}}] * 4

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zcompile.options import Options
-from zcompile.plan import PRESETS, Plan, Rule
+from zcompile.plan import PRESETS, WIRES, Plan, Rule
 from zcompile.topology import Topology
 
 
@@ -200,12 +200,12 @@ def ours(
     options: dict[str, Any],
     embeddings: bool = False,
 ) -> Trainer:
-    """zcompile with a plan; embeddings: they too travel in int8 and int4."""
+    """zcompile with a plan; embeddings: they too travel as wire="paper" has it."""
     from zcompile.wrap import hierarchical_zero
 
     if embeddings:
         named = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-        rules = tuple(Rule(f"{name}.weight", gather="int8", reduce="int4") for name in named)
+        rules = tuple(Rule(f"{name}.weight", **WIRES["paper"]) for name in named)
         plan = replace(plan, rules=(*rules, *plan.rules))
     wrapped = hierarchical_zero(
         model, topology=setting.topology, plan=plan, compute_dtype=compute, **{"tokens": setting.tokens, **options}
@@ -242,7 +242,7 @@ DEFAULT = ("ddp-bf16", "fsdp2-tuned-bf16", "hsdp-tuned-bf16", "zc-bf16", "zc-del
 
 def parse(name: str) -> System:
     """The system of that name: one of PEERS or OURS; `zc:PRESET,option=value,...` with the fields of Plan, of Options, `compute=` and
-    `embeddings=1` (their formats like those of matrices: int8, int4); or `label=file.py:function`, a system of your own.
+    `embeddings=1` (their formats like those of matrices under wire="paper"); or `label=file.py:function`, a system of your own.
 
     Raises:
         ValueError: names what is wrong and the valid choices.

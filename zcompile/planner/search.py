@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zcompile.plan import ALLOWED, PRESETS, Plan, ResolvedPlan
+from zcompile.plan import ALLOWED, PRESETS, WIRES, Plan, ResolvedPlan
 from zcompile.planner.skeleton import Piece, Skeleton, numel, pieces
 from zcompile.planner.step import ADAMW_BYTES, Result, of_skeleton, play
 from zcompile.planner.workload import Workload
@@ -27,6 +27,8 @@ from zcompile.times import hop_seconds
 from zcompile.topology import Topology
 
 PAPER = ("int8", "int4")
+_REDUCTIONS = {"int4": WIRES["paper"]["reduce"]}
+"""int4 reductions with the blocks that wire="paper" gives them: larger ones cost loss (docs/convergence.md)."""
 BUCKETS = (25 * 2**20, 100 * 2**20, 400 * 2**20)
 OVERLAPS = (1, 2, 4)
 MOST_SIMULATED = 12
@@ -157,7 +159,7 @@ def placements(topology: Topology) -> list[tuple[str, str, str]]:
 def formats(allowed: Sequence[str]) -> list[dict[str, str]]:
     """All combinations of allowed formats, as fields of Plan; native first."""
     gathers = ["", *(["int8"] if "int8" in allowed else [])]
-    reductions = ["", *(name for name in ("bf16", "int8", "int4") if name in allowed)]
+    reductions = ["", *(_REDUCTIONS.get(name, name) for name in ("bf16", "int8", "int4") if name in allowed)]
     refreshes = ["", *(name for name in ("int8-delta", "int4-delta") if name in allowed)]
     found = []
     for gather, reduce, refresh in itertools.product(gathers, reductions, refreshes):
