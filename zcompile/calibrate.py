@@ -2,8 +2,9 @@
 
 Every rank of a job measures at once, as ranks share cores and links when they train: matrix products of several sizes, a copy of the
 memory, the least that an operation takes; then for each level an all-gather and an all-to-all by messages of several sizes, all groups
-of the level at the same time. The slower of the two kinds counts. Without a launcher the ranks are started here, over loopback or over
-a network that is shaped (`--mbit`: root); under a launcher they are the launcher's.
+of the level at the same time. The slower of the two kinds counts, and of a hop the slowest rank: those that share a link are served one
+after another, each time another one last. Without a launcher the ranks are started here, over loopback or over a network that is shaped
+(`--mbit`: root); under a launcher they are the launcher's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -40,7 +42,7 @@ REPETITIONS = 5
 
 
 def measure(topology: Topology, device: torch.device, messages: Sequence[int] = MESSAGES) -> dict[str, Any]:
-    """On every rank of a job: what the device and each level reach, the mean over ranks (a level: of its slowest rank)."""
+    """On every rank of a job: what the device reaches, the mean over ranks, and what hops over each level take: see `_merged`."""
     from zcompile.runtime import Runtime
 
     runtime = Runtime.get(topology, timeout=TIMEOUT)
@@ -83,8 +85,11 @@ def _seconds(function: Callable[[], Any], device: torch.device, repetitions: int
             return sorted(times)[repetitions // 2]
 
 
-def _hop(key: str, level: str, size: int, received: int, device: torch.device) -> float:
-    """Seconds of one hop over a level in which each rank receives so many bytes; all groups of the level at once."""
+def _hop(key: str, level: str, size: int, received: int, device: torch.device) -> list[list[float]]:
+    """Seconds of one hop over a level in which each rank receives so many bytes; all groups of the level at once.
+
+    Returns those of each repetition, for an all-gather and for an all-to-all.
+    """
     functional = torch.ops._c10d_functional
     part = max(received // (size - 1), 1)
     one, many = (torch.zeros(n, dtype=torch.uint8, device=device) for n in (part, part * size))
@@ -96,7 +101,7 @@ def _hop(key: str, level: str, size: int, received: int, device: torch.device) -
         split = [part] * size
         return functional.wait_tensor(functional.all_to_all_single(many, split, split, role_name(key, level, "reduce")))
 
-    slowest = 0.0
+    found = []
     for function in (gather, exchange):
         function()
         times = []
@@ -106,8 +111,8 @@ def _hop(key: str, level: str, size: int, received: int, device: torch.device) -
             function()
             _synchronise(device)
             times.append(time.perf_counter() - begin)
-        slowest = max(slowest, sorted(times)[REPETITIONS // 2])
-    return slowest
+        found.append(times)
+    return found
 
 
 def _synchronise(device: torch.device) -> None:
@@ -116,11 +121,15 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _merged(everyone: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over ranks; of a hop the slowest rank's time."""
+    """Means over ranks. Of a hop, in each repetition the slowest rank's time, of these the median, of the two kinds the slower."""
     count = len(everyone)
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / count
+
+    def hop(ranks: Sequence[list[list[float]]]) -> float:
+        kinds = ([max(times) for times in zip(*kind, strict=True)] for kind in zip(*ranks, strict=True))
+        return max(statistics.median(slowest) for slowest in kinds)
 
     first = everyone[0]
     return {
@@ -131,21 +140,22 @@ def _merged(everyone: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "memory_bandwidth": mean([each["memory_bandwidth"] for each in everyone]),
         "overhead": mean([each["overhead"] for each in everyone]),
         "levels": {
-            level: [(n, max(each["levels"][level][i][1] for each in everyone)) for i, (n, _) in enumerate(rows)]
+            level: [(n, hop([each["levels"][level][i][1] for each in everyone])) for i, (n, _) in enumerate(rows)]
             for level, rows in first["levels"].items()
         },
     }  # fmt: skip
 
 
 def machine(
-    found: dict[str, Any], topology: Topology, source: str, memory: float, shared: bool = False
+    found: dict[str, Any], topology: Topology, source: str, memory: float, shaped: network.Shaped | None = None
 ) -> dict[str, Any]:
     """The machine's file.
 
     Args:
         found: what `measure` returns.
         memory: bytes of a rank.
-        shared: hops over the outermost level cross the links of the one below it, too (a shaped network).
+        shaped: the network that was built for it, which says what no hop alone does: those over the outermost level cross the links of the
+            one below it, too, and links that have rested let a burst pass.
     """
 
     def value(number: Any) -> dict[str, Any]:
@@ -169,9 +179,14 @@ def machine(
                 "curve": value(curve),
             }
         )
+        if shaped and (burst := shaped.bursts.get(level.name)):
+            levels[-1]["burst"] = {
+                "value": burst,
+                "source": "the token buckets of the shaped network, divided among ranks",
+            }
     between = levels.pop()
     del between["size"]
-    if shared and levels:
+    if shaped and levels:
         between["via"] = value([levels[-1]["name"]])
     peaks = {dtype: max(rate for _, rate in rows) for dtype, rows in found["products"].items()}
     rows = found["products"]["bfloat16"]
@@ -220,9 +235,8 @@ def calibrate(text: str, mbit: tuple[float, float] | None = None) -> dict[str, A
     topology = Topology.parse(text)
     limit = f" --mbit {mbit[0]:g},{mbit[1]:g}" if mbit else ""
     source = f"measured by `zcompile calibrate --topology {text}{limit}` on {datetime.date.today()}"
-    return machine(
-        measure_here(text, mbit), topology, source, memory_of_a_rank(topology.world_size), shared=mbit is not None
-    )
+    shaped = network.Shaped(topology.sizes, *mbit) if mbit else None
+    return machine(measure_here(text, mbit), topology, source, memory_of_a_rank(topology.world_size), shaped)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

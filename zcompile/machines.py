@@ -57,6 +57,8 @@ class Level:
     curve: the message-size curve, pairs (bytes of one message, part of the bandwidth that it reaches), ascending; between points it
     is linear in the logarithm of the bytes, beyond them it stays. (): the whole bandwidth, whatever the size.
     via: names of levels whose links its bytes cross too, and share with their own hops (a network card behind a device's link).
+    burst: bytes that one rank receives at once from links that have rested, before the bandwidth counts (a token bucket); 0: links
+    save nothing up.
     Raises ValueError naming the field and its value.
     """
 
@@ -68,6 +70,7 @@ class Level:
     overhead: float = 0.0
     curve: tuple[tuple[float, float], ...] = ()
     via: tuple[str, ...] = ()
+    burst: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", self.name):
@@ -87,6 +90,8 @@ class Level:
         if not (self.overhead >= 0 and math.isfinite(self.overhead)):
             raise ValueError(f"level {self.name!r}: overhead {self.overhead!r} s; must be finite and not negative")
         object.__setattr__(self, "curve", _points(f"level {self.name!r}: curve", self.curve))
+        if not (self.burst >= 0 and math.isfinite(self.burst)):
+            raise ValueError(f"level {self.name!r}: burst {self.burst!r} bytes; must be finite and not negative")
         object.__setattr__(self, "via", tuple(self.via))
 
 

@@ -3,7 +3,8 @@
 The one cost model: the schedule pass asks it when it orders a graph, the simulator when it plays one, the planner through the simulator.
 All ranks must get the same answers: they are functions of the topology and of shapes alone.
 
-    hop         overhead + steps(s) latency + bytes / (bandwidth curve(bytes / steps(s)))      over a level of size s
+    hop         overhead + steps(s) latency + bytes / (bandwidth curve(bytes / steps(s)))      over a level of size s, less what its links
+                                                                                               are ahead: see Note [Bursts]
     operation   the longer of FLOPs / (efficiency peak) and the bytes of its operands / the memory's bandwidth
 """
 
@@ -84,25 +85,43 @@ class Lanes:
     """The links of each level, as queues of work: a hop is over when every link that it crosses has worked off what was queued up to it.
 
     Hops of one level follow one another, as on one communicator. Those that share a link with another level (`Level.via`) add their
-    bytes to its queue too. With `Level.via` empty everywhere a hop simply takes its level when those before it are over.
+    bytes to its queue too. With `Level.via` empty everywhere a hop simply takes its level when those before it are over. See Note [Bursts].
+
+    Note [Bursts]: a link behind a token bucket that has rested is ahead of its rate: what comes next goes at once, as many bytes as the
+    link could have carried meanwhile, at most a burst. So its queue may have been empty since a moment in the past, by so much at most
+    as the burst takes at the level's rate: gaps shorter than that cost nothing, hops that follow one another get nothing. Links begin
+    with nothing ahead: one step follows another.
     """
 
     def __init__(self, levels: Sequence[Level]):
         self.levels = {level.name: level for level in levels}
         self.free = dict.fromkeys(self.levels, 0.0)
-        """When the level's links have nothing more to do."""
+        """When the level's links have nothing more to do, at the level's rate."""
+        self.over = dict.fromkeys(self.levels, 0.0)
+        """When the level's last hop is: later, where its bytes were a burst."""
 
     def launch(self, name: str, received: int, now: float) -> tuple[float, float]:
         """A hop over level `name`, launched at `now`, each rank receiving so many bytes: when it begins and ends."""
         level = self.levels[name]
-        begin = max(now, self.free[name])
-        end = begin + hop_seconds(level, received)
+        begin = max(now, self.free[name], self.over[name])
+        end = max(self._queue(level, begin, hop_seconds(level, received)), begin + hop_seconds(level, 0))
         for other in level.via:
             if other in self.levels:
-                self.free[other] = max(self.free[other], begin) + received / self.levels[other].bandwidth
-                end = max(end, self.free[other])
-        self.free[name] = end
+                below = self.levels[other]
+                end = max(end, self._queue(below, begin, received / below.bandwidth))
+        self.over[name] = end
+        self.free[name] = max(self.free[name], end - _ahead(level))
         return begin, end
+
+    def _queue(self, level: Level, begin: float, seconds: float) -> float:
+        """So much more work for a level's links, none of it there before `begin`: when it is done."""
+        self.free[level.name] = max(self.free[level.name], begin - _ahead(level)) + seconds
+        return self.free[level.name]
+
+
+def _ahead(level: Level) -> float:
+    """Seconds that a level's links can be ahead of their rate."""
+    return level.burst / level.bandwidth
 
 
 def flops(target: Any, args: Sequence[Any], keywords: Mapping[str, Any], value: Any) -> float:

@@ -91,7 +91,14 @@ def test_no_file_and_no_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"steps": "spiral"}, {"overhead": -1.0}, {"curve": ((1e3, 0.0),)}, {"curve": ((1e3, 0.5), (1e2, 0.6))}]
+    "bad",
+    [
+        {"steps": "spiral"},
+        {"overhead": -1.0},
+        {"burst": -1.0},
+        {"curve": ((1e3, 0.0),)},
+        {"curve": ((1e3, 0.5), (1e2, 0.6))},
+    ],
 )
 def test_levels_say_what_is_wrong(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

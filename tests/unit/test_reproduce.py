@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from zcompile.calibrate import machine
+from zcompile.bench.network import Shaped
+from zcompile.calibrate import _merged, machine
 from zcompile.cli import main
 from zcompile.machines import Machine
 from zcompile.reproduce import collectives, paper, zeropp
@@ -87,16 +88,44 @@ def measured(topology: Topology) -> dict[str, object]:
 
 
 def test_a_calibrated_machine_gives_back_what_was_measured(tmp_path: Path) -> None:
-    topology = Topology.parse("2x2x2")
+    topology, shaped = Topology.parse("2x2x2"), Shaped((2, 2, 2), 400, 100)
     path = tmp_path / "machine.json"
-    path.write_text(json.dumps(machine(measured(topology), topology, "measured by a test", 1e9, shared=True)))
+    path.write_text(json.dumps(machine(measured(topology), topology, "measured by a test", 1e9, shaped)))
     made = Topology.parse(f"{path}:2")
     assert made.sizes == (2, 2, 2) and made.names == topology.names and made.levels[2].via == ("node",)
     for level in made.levels:
         assert hop_seconds(level, 2**22) == pytest.approx(1e-4 + 2**22 / 1e8)
         assert hop_seconds(level, 2**18) == pytest.approx(1e-4 + 2**18 / 5e7, rel=0.02)
     assert made.device.flops("bfloat16") == 8e9 and made.device.efficiency[0][1] == pytest.approx(1 / 8)
-    assert set(Machine.read(path).sources.values()) == {"measured by a test"}
+    assert [level.burst for level in made.levels] == [0, 2**18 / 2, 2**18 / 4], "a bucket, of the ranks behind a link"
+    sources = Machine.read(path).sources
+    assert {source for where, source in sources.items() if "burst" not in where} == {"measured by a test"}
+    assert "token buckets" in sources["between.burst"]
+    path.write_text(json.dumps(machine(measured(topology), topology, "measured by a test", 1e9)))
+    assert [(level.burst, level.via) for level in Topology.parse(f"{path}:2").levels] == [(0, ())] * 3, (
+        "over no such network"
+    )
+
+
+def test_a_network_s_bursts_are_those_of_its_limited_links() -> None:
+    assert Shaped((2, 4, 2), 0, 100).bursts == {"cluster": 2**18 / 8}
+    assert Shaped((4, 2, 2), 100, 0).bursts == {"node": 2**18 / 4}
+
+
+def test_a_hop_takes_what_the_slowest_rank_does_whichever_rank_that_is() -> None:
+    """Three ranks share a link and are served one after another, in each repetition in another order."""
+
+    def rank(number: int) -> dict[str, object]:
+        gather = [1.0 + (number + repetition) % 3 for repetition in range(3)]
+        exchange = [0.5, 0.5, 9.0]
+        return {
+            "products": {},
+            "memory_bandwidth": 1.0,
+            "overhead": 1.0,
+            "levels": {"node": [(64, [gather, exchange])]},
+        }
+
+    assert _merged([rank(number) for number in range(3)])["levels"] == {"node": [(64, 3.0)]}
 
 
 def test_an_order_of_presets_counts_what_is_no_tie() -> None:

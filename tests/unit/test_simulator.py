@@ -82,6 +82,15 @@ def test_a_hop_that_is_shorter_than_a_product_is_hidden_behind_it() -> None:
     assert found.hops[2].hidden == pytest.approx(PRODUCT), "queued behind it, then under way: half a product each"
 
 
+@pytest.mark.parametrize(("burst", "saved"), [(0.0, 0.0), (0.5, 1.0), (1.0, 2.0), (5.0, 2.0)])
+def test_links_with_a_burst_make_up_for_the_products_between_hops(burst: float, saved: float) -> None:
+    """Each hop takes two products, and waits for the product before it: what its links save up meanwhile is a burst, at most a product.
+    burst: in products, what it takes at the bandwidth."""
+    found = played(products(3, machine(pair=2.0, burst=burst * HALF / 2.0), 0))
+    assert found.seconds == pytest.approx((3 + 3 * 2 - saved) * PRODUCT)
+    assert found.exposed == pytest.approx((3 * 2 - saved) * PRODUCT)
+
+
 def test_a_lane_carries_one_hop_after_another() -> None:
     found = played(products(3, machine(pair=3.0), 3))
     assert found.seconds == pytest.approx((9 + 1) * PRODUCT), "three hops of three, and the last product"
@@ -105,8 +114,10 @@ def test_the_tail_of_a_backward_has_nothing_to_hide_behind() -> None:
 
 @pytest.mark.parametrize("overlap", [1, 2, 4])
 @pytest.mark.parametrize("pair", [0.3, 1.0, 4.0])
-def test_the_simulator_and_the_schedule_have_one_clock(overlap: int, pair: float) -> None:
-    for made in (products(5, machine(pair, 0.7, 2.0), overlap), gradients(5, machine(pair, 0.7, 2.0), overlap)):
+@pytest.mark.parametrize("burst", [0.0, HALF / 4])
+def test_the_simulator_and_the_schedule_have_one_clock(overlap: int, pair: float, burst: float) -> None:
+    topology = machine(pair, 0.7, 2.0, burst=burst)
+    for made in (products(5, topology, overlap), gradients(5, topology, overlap)):
         found, expected = played(made), made.context.expected
         assert found.spans[-1].end == pytest.approx(expected.pop("seconds"), rel=1e-12)
         levels = {f"exposed {level}": pytest.approx(s, rel=1e-9) for level, s in found.exposed_by("level").items()}

@@ -61,6 +61,43 @@ def test_a_lane_is_a_queue_of_work_and_a_shared_link_has_that_of_both() -> None:
     assert apart.launch("node", 1000, 0.0) == (0.0, 1.0)
 
 
+def test_a_link_that_has_rested_lets_a_burst_pass_at_once() -> None:
+    lanes = Lanes((Level("cluster", 2, 100.0, 0.0, burst=50.0),))
+
+    def ends(received: int, now: float) -> float:
+        begin, end = lanes.launch("cluster", received, now)
+        assert begin == now
+        return end
+
+    assert ends(200, 0.0) == pytest.approx(2.0), "a step follows another: nothing was saved up before it"
+    assert ends(200, 2.0) == pytest.approx(4.0), "nor between hops that follow one another"
+    assert ends(200, 4.2) == pytest.approx(6.0), "two tenths of a second were"
+    assert ends(200, 16.0) == pytest.approx(17.5), "never more than the burst"
+    assert ends(20, 30.0) == pytest.approx(30.0), "which is there at once"
+    assert ends(200, 30.0) == pytest.approx(31.7), "and what is left of it is for the next one"
+
+
+def test_a_burst_saves_no_latency_and_no_link_carries_more_than_its_bandwidth() -> None:
+    level = Level("cluster", 2, 100.0, 0.1, burst=50.0)
+    lanes, now = Lanes((level,)), 0.0
+    _, now = lanes.launch("cluster", 100, now)
+    _, end = lanes.launch("cluster", 20, now + 9.0)
+    assert end == pytest.approx(now + 9.1)
+    lanes, now = Lanes((level,)), 0.0
+    for _ in range(9):
+        _, now = lanes.launch("cluster", 100, now + 0.3)
+    assert now == pytest.approx(9 * hop_seconds(level, 100)), "gaps shorter than the burst cost nothing"
+
+
+def test_hops_that_cross_a_link_use_up_its_burst() -> None:
+    node, cluster = Level("node", 2, 1000.0, 0.0, burst=500.0), Level("cluster", 2, 100.0, 0.0, via=("node",))
+    for first, left in ((0, 0.5), (300, 0.2), (900, 0.0)):
+        lanes = Lanes((node, cluster))
+        lanes.launch("cluster", first, 10.0)
+        _, end = lanes.launch("node", 1000, 10.0)
+        assert end == pytest.approx(11.0 - left + max(0, first - 500) / 1000), first
+
+
 def test_a_product_takes_its_flops_at_the_rate_of_its_dtype() -> None:
     a, b = torch.zeros(512, 512), torch.zeros(512, 512)
     expected = 2 * 512**3 / (EFFICIENCY * 1e9)

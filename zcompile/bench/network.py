@@ -33,7 +33,7 @@ from typing import IO
 
 LEVELS = ("pair", "node", "cluster")
 MTU = 9000
-BURST = "256k"  # lets an offloaded segment of 64 KiB pass whole
+BURST = 256 * 1024  # bytes: lets an offloaded segment of 64 KiB pass whole
 QUEUE = "64m"  # holds what TCP has in flight: nothing is dropped, the queue is the delay
 
 
@@ -191,6 +191,13 @@ class Shaped(Local):
     ) -> None:
         self.stop()
         self._remove()
+
+    @property
+    def bursts(self) -> dict[str, float]:
+        """level name -> bytes that one rank receives at once over links that have rested: a bucket, divided among those behind it."""
+        ranks = self.sizes[0], self.sizes[0] * self.sizes[1]
+        limited = self.node_mbit, self.cluster_mbit
+        return {level: BURST / n for level, n, mbit in zip(LEVELS[1:], ranks, limited, strict=True) if mbit}
 
     def counters(self) -> dict[str, int]:
         pair = sum(self._sent(space, "lo") for space in self._pairs)
