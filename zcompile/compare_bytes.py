@@ -39,7 +39,7 @@ from zcompile.wrap import hierarchical_zero
 
 MODELS = ("gpt-21m", "tiny")
 MOST_RANKS = 16
-EMBEDDING = (Rule("embed.weight", **WIRES["paper"]),)
+EMBEDDING = (Rule("embed.weight", gather=WIRES["paper"]["gather"], reduce=WIRES["paper"]["reduce"]),)
 
 PLANS = {
     "zero_topo": Plan.preset("zero_topo"),

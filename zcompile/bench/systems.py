@@ -204,8 +204,11 @@ def ours(
     from zcompile.wrap import hierarchical_zero
 
     if embeddings:
-        named = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-        rules = tuple(Rule(f"{name}.weight", **WIRES["paper"]) for name in named)
+        wire, named = (
+            WIRES["paper"],
+            [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)],
+        )
+        rules = tuple(Rule(f"{name}.weight", gather=wire["gather"], reduce=wire["reduce"]) for name in named)
         plan = replace(plan, rules=(*rules, *plan.rules))
     wrapped = hierarchical_zero(
         model, topology=setting.topology, plan=plan, compute_dtype=compute, **{"tokens": setting.tokens, **options}
