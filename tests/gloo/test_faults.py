@@ -192,9 +192,9 @@ def cases(*made: Case) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", marked)
 
 
-@cases(*(Case(what, transfer) for what in SAID for transfer in ("gather", "reduce", "sync")))
+@cases(*(Case(what, transfer) for what in ("kill", "stop", "raise") for transfer in LEVEL), Case("memory", "reduce"))
 def test_f12_f13_f14_a_rank_fails_in_a_transfer(job: Callable[[Case], End], case: Case) -> None:
-    """Rank, op, level, parameter and source line are named, and the first error comes first."""
+    """Rank, op, level, parameter and source line are named, and the first error comes first. One of memory is raised as others are."""
     ranks = job(case).ranks
     report = ended(ranks, 3)
     assert report.startswith(f"zcompile: {SAID[case.what]}"), report

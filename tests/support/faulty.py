@@ -105,12 +105,17 @@ def jobs() -> Iterator[Jobs]:
         made.close()
 
 
-def chosen(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
-    """The values of that parameter in the tests of the asking fixture's module that this session will run."""
+def of_module(request: pytest.FixtureRequest) -> list[Any]:
+    """The tests with parameters in the asking fixture's module that this session will run."""
     tests = [
         item for item in request.session.items if isinstance(item, pytest.Function) and item.module is request.module
     ]
-    found = [test.callspec.params.get(parameter) for test in tests if hasattr(test, "callspec")]
+    return [test for test in tests if hasattr(test, "callspec")]
+
+
+def chosen(request: pytest.FixtureRequest, parameter: str) -> list[Any]:
+    """The values of that parameter in those tests."""
+    found = [test.callspec.params.get(parameter) for test in of_module(request)]
     return list(dict.fromkeys(value for value in found if value is not None))
 
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from amdgcn import mutate
+from support.faulty import chosen
 from support.kernel_runs import arguments, compiled
+from support.spawn import side_by_side
 
 from zcompile.kernels.catalogue import (
     Case,
@@ -68,14 +70,23 @@ KERNELS = {
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(KERNELS)[1:]]
 
 
-@pytest.mark.parametrize("name", [next(iter(KERNELS)), *SLOW])
-def test_nine_in_ten_deletions_are_noticed(name: str) -> None:
+def mutated(name: str) -> mutate.Report:
     kernel = KERNELS[name]
     call = kernel.make(0).call
     cases = [
         mutate.Case(f"seed {seed}", call.grid, lambda seed=seed: arguments(kernel.make(seed)), seed) for seed in SEEDS
     ]
-    report = mutate.delete_each(compiled(call, ARCH), cases, every=kernel.every)
+    return mutate.delete_each(compiled(call, ARCH), cases, every=kernel.every)
+
+
+@pytest.fixture(scope="module")
+def reports(request: pytest.FixtureRequest) -> dict[str, mutate.Report]:
+    return side_by_side(mutated, chosen(request, "name"))
+
+
+@pytest.mark.parametrize("name", [next(iter(KERNELS)), *SLOW])
+def test_nine_in_ten_deletions_are_noticed(reports: dict[str, mutate.Report], name: str) -> None:
+    report = reports[name]
     lines = [f"{survivor} - {reason(survivor.text)}" for survivor in report.survivors]
     print(f"{name}: {report.rate:.1%} of {report.tried} noticed", *lines, sep="\n")
     assert report.tried > 60 and report.rate >= 0.9, "\n".join(lines)
