@@ -1,5 +1,6 @@
 # zcompile: `make train` trains the example on 8 local processes, `make test` runs every test.
-# Each target installs what it needs into .venv first; nothing is written outside this folder but pip's own cache.
+# Each target installs what it needs into .venv first. Outside this folder only pip's own cache is written, and what torch keeps in the
+# system's temporary folder, wherever its caches are said to be (Inductor's precompiled C++ headers).
 
 PYTHON ?= python3
 # `make test-quick TORCH=2.11.0`: with that release of torch, in an environment and caches of its own.
