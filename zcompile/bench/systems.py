@@ -237,6 +237,7 @@ OURS = {
     "zc-bf16": "zc:zero_topo,reduce=bf16,overlap=4,peer_gather=True",
     "zc-paper": "zc:zero_topo,wire=paper,overlap=2,peer_gather=True",
     "zc-delta": "zc:zero_topo,wire=paper,refresh=int4-delta,embeddings=1,overlap=2,peer_gather=True",
+    "zc-delta-keep": "zc:zero_topo,wire=paper,refresh=int4-delta,embeddings=1,overlap=2,peer_gather=True,keep=64000000",
 }
 """Short names of plans that are often compared."""
 
