@@ -100,6 +100,10 @@ def corpus() -> Corpus:
     return Corpus.standard_library()
 
 
+def seeds_of(arguments: argparse.Namespace) -> range:
+    return range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+
+
 def train(rank: int, arguments: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """What one plan does with each seed; the same on every rank.
 
@@ -108,7 +112,7 @@ def train(rank: int, arguments: argparse.Namespace, name: str) -> list[dict[str,
     torch.set_num_threads(1)
     variant, steps = PLANS[name], arguments.steps
     runs = []
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+    for seed in seeds_of(arguments):
         options = argparse.Namespace(**vars(arguments), seed=seed, topology=TOPOLOGY, eager=not arguments.compile)
         if (
             arguments.compile
@@ -146,7 +150,7 @@ def train_alone(arguments: argparse.Namespace, name: str) -> list[dict[str, Any]
     variant, shape, runs = PLANS[name], shape_of(arguments), []
     plan = variant.plan().resolve(zcompile.Topology.parse(TOPOLOGY), arguments.dtype)
     micro, size = arguments.accumulate, arguments.micro_batch
-    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
+    for seed in seeds_of(arguments):
         begin = time.perf_counter()
         torch.manual_seed(seed)
         made: list[torch.optim.AdamW] = []

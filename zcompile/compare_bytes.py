@@ -29,7 +29,7 @@ from zcompile.cli import write_json
 from zcompile.compare_fsdp import attribute, batch, decoder, peer
 from zcompile.compare_report import BASE, PAPER
 from zcompile.layout import ParamSpec
-from zcompile.plan import WIRES, Plan, Rule
+from zcompile.plan import Plan, paper_rule
 from zcompile.ranks import Pool, RanksFailed
 from zcompile.shapes import SHAPES, Shape
 from zcompile.topology import Topology
@@ -39,7 +39,7 @@ from zcompile.wrap import hierarchical_zero
 
 MODELS = ("gpt-21m", "tiny")
 MOST_RANKS = 16
-EMBEDDING = (Rule("embed.weight", gather=WIRES["paper"]["gather"], reduce=WIRES["paper"]["reduce"]),)
+EMBEDDING = (paper_rule("embed.weight"),)
 
 PLANS = {
     "zero_topo": Plan.preset("zero_topo"),

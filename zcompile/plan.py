@@ -85,6 +85,11 @@ class Rule:
         return (self.max_elements is None or numel <= self.max_elements) and fnmatch.fnmatchcase(name, self.match)
 
 
+def paper_rule(match: str) -> Rule:
+    """The formats of wire="paper" for what matches, embeddings included."""
+    return Rule(match, gather=WIRES["paper"]["gather"], reduce=WIRES["paper"]["reduce"])
+
+
 @dataclass(frozen=True)
 class Plan:
     """Placements, wire formats, rules and buffer budgets. Frozen, hashable, validated when made.

@@ -34,9 +34,8 @@ def right(outcome: trial.Outcome) -> None:
     "plan", [next(iter(PLANS)), *(pytest.param(plan, marks=pytest.mark.slow) for plan in list(PLANS)[1:])]
 )
 def test_invariant_4_bits_and_ledger_are_those_without_overlap(ranks: Ranks, plan: str) -> None:
-    micro_batches = (
-        (1, 4) if plan == "zero_topo" else (2,)
-    )  # both graphs of the second: one that accumulates, one that syncs
+    # With two both graphs are there: one that accumulates, one that syncs.
+    micro_batches = (1, 4) if plan == "zero_topo" else (2,)
     for outcomes in ranks(4).run(trial.run, "awkward", "2x2", PLANS[plan], "overlap", micro_batches, 3, timeout=200.0):
         for outcome in outcomes:
             right(outcome)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from zcompile.options import Options
-from zcompile.plan import PRESETS, WIRES, Plan, Rule
+from zcompile.plan import PRESETS, Plan, paper_rule
 from zcompile.topology import Topology
 
 
@@ -204,11 +204,8 @@ def ours(
     from zcompile.wrap import hierarchical_zero
 
     if embeddings:
-        wire, named = (
-            WIRES["paper"],
-            [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)],
-        )
-        rules = tuple(Rule(f"{name}.weight", gather=wire["gather"], reduce=wire["reduce"]) for name in named)
+        named = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+        rules = tuple(paper_rule(f"{name}.weight") for name in named)
         plan = replace(plan, rules=(*rules, *plan.rules))
     wrapped = hierarchical_zero(
         model, topology=setting.topology, plan=plan, compute_dtype=compute, **{"tokens": setting.tokens, **options}
@@ -233,11 +230,12 @@ PEERS: dict[str, System] = {
     ),
 }
 
+_DELTA = "zc:zero_topo,wire=paper,refresh=int4-delta,embeddings=1,overlap=2,peer_gather=True"
 OURS = {
     "zc-bf16": "zc:zero_topo,reduce=bf16,overlap=4,peer_gather=True",
     "zc-paper": "zc:zero_topo,wire=paper,overlap=2,peer_gather=True",
-    "zc-delta": "zc:zero_topo,wire=paper,refresh=int4-delta,embeddings=1,overlap=2,peer_gather=True",
-    "zc-delta-keep": "zc:zero_topo,wire=paper,refresh=int4-delta,embeddings=1,overlap=2,peer_gather=True,keep=64000000",
+    "zc-delta": _DELTA,
+    "zc-delta-keep": f"{_DELTA},keep=64000000",
 }
 """Short names of plans that are often compared."""
 

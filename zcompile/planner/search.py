@@ -27,8 +27,8 @@ from zcompile.times import hop_seconds
 from zcompile.topology import Topology
 
 PAPER = ("int8", "int4")
-_REDUCTIONS = {"int4": WIRES["paper"]["reduce"]}
-"""int4 reductions with the blocks that wire="paper" gives them: larger ones cost loss (docs/convergence.md)."""
+_REDUCTIONS = {"bf16": "bf16", "int8": "int8", "int4": WIRES["paper"]["reduce"]}
+"""Allowed name -> format. int4 has the blocks that wire="paper" gives it: larger ones cost loss (docs/convergence.md)."""
 BUCKETS = (25 * 2**20, 100 * 2**20, 400 * 2**20)
 OVERLAPS = (1, 2, 4)
 MOST_SIMULATED = 12
@@ -159,7 +159,7 @@ def placements(topology: Topology) -> list[tuple[str, str, str]]:
 def formats(allowed: Sequence[str]) -> list[dict[str, str]]:
     """All combinations of allowed formats, as fields of Plan; native first."""
     gathers = ["", *(["int8"] if "int8" in allowed else [])]
-    reductions = ["", *(_REDUCTIONS.get(name, name) for name in ("bf16", "int8", "int4") if name in allowed)]
+    reductions = ["", *(wire for name, wire in _REDUCTIONS.items() if name in allowed)]
     refreshes = ["", *(name for name in ("int8-delta", "int4-delta") if name in allowed)]
     found = []
     for gather, reduce, refresh in itertools.product(gathers, reductions, refreshes):
