@@ -2,9 +2,10 @@
 
 Every rank of a job measures at once, as ranks share cores and links when they train: matrix products of several sizes, a copy of the
 memory, the least that an operation takes; then for each level an all-gather and an all-to-all by messages of several sizes, all groups
-of the level at the same time. The slower of the two kinds counts, and of a hop the slowest rank: those that share a link are served one
-after another, each time another one last. Without a launcher the ranks are started here, over loopback or over a network that is shaped
-(`--mbit`: root); under a launcher they are the launcher's.
+of the level at the same time. Short hops are timed many in a row: ranks leave a barrier milliseconds apart where they share cores, and
+one hop after it would have that for its latency. The slower of the two kinds counts, and of a hop the slowest rank: those that share a
+link are served one after another, each time another one last. Without a launcher the ranks are started here, over loopback or over a
+network that is shaped (`--mbit`: root); under a launcher they are the launcher's.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ PRODUCTS = (32, 64, 128, 256, 512)
 MESSAGES = (2**12, 2**15, 2**18, 2**20, 2**22)
 """Bytes that one rank receives."""
 REPETITIONS = 5
+IN_A_ROW = 0.1
+"""Seconds that hops are repeated for between two barriers, if one does not take longer."""
 
 
 def measure(topology: Topology, device: torch.device, messages: Sequence[int] = MESSAGES) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def _seconds(function: Callable[[], Any], device: torch.device, repetitions: int
 def _hop(key: str, level: str, size: int, received: int, device: torch.device) -> list[list[float]]:
     """Seconds of one hop over a level in which each rank receives so many bytes; all groups of the level at once.
 
-    Returns those of each repetition, for an all-gather and for an all-to-all.
+    Returns those of each repetition, the mean of hops in a row, for an all-gather and for an all-to-all.
     """
     functional = torch.ops._c10d_functional
     part = max(received // (size - 1), 1)
@@ -103,16 +106,22 @@ def _hop(key: str, level: str, size: int, received: int, device: torch.device) -
 
     found = []
     for function in (gather, exchange):
-        function()
-        times = []
-        for _ in range(REPETITIONS):
-            dist.barrier()
-            begin = time.perf_counter()
-            function()
-            _synchronise(device)
-            times.append(time.perf_counter() - begin)
-        found.append(times)
+        _row(function, 1, device)  # makes connections
+        longest = torch.tensor(_row(function, 1, device), device=device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        rounds = max(1, min(100, int(IN_A_ROW / float(longest))))
+        found.append([_row(function, rounds, device) for _ in range(REPETITIONS)])
     return found
+
+
+def _row(hop: Callable[[], Any], rounds: int, device: torch.device) -> float:
+    """Seconds of one of so many hops after a barrier."""
+    dist.barrier()
+    begin = time.perf_counter()
+    for _ in range(rounds):
+        hop()
+    _synchronise(device)
+    return (time.perf_counter() - begin) / rounds
 
 
 def _synchronise(device: torch.device) -> None:

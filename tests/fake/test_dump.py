@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,20 @@ def test_a_stage_that_is_compiled_again_gets_a_folder_of_its_own(tmp_path: Path)
     made, hand = observe(str(tmp_path)), lowered()
     made.observe(hand.gm, hand.context, "input")
     assert tree(tmp_path) == {"rank0/graph0.forward", "rank0/graph0.forward.2"}
+
+
+def test_a_dump_keeps_no_graph_that_has_been_through_the_passes() -> None:
+    """It lives as long as the model's code does; a graph has the tensors of its nodes."""
+    hand, made = lowered(), Dump("", 0, 0)
+    for name in ("input", "lower"):
+        made.observe(hand.gm, hand.context, name)
+    node = weakref.ref(next(iter(hand.gm.graph.nodes)))
+    made.observe(hand.gm, hand.context, "verify")
+    made.finish(hand.context)
+    assert made.step is not None and made.step.records["forward"].rows
+    del hand
+    gc.collect()
+    assert node() is None
 
 
 def test_a_pass_that_failed_leaves_the_graph_it_left(tmp_path: Path) -> None:

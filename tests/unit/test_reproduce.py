@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from zcompile import calibrate
 from zcompile.bench.network import Shaped
 from zcompile.calibrate import _merged, machine
 from zcompile.cli import main
@@ -126,6 +130,22 @@ def test_a_hop_takes_what_the_slowest_rank_does_whichever_rank_that_is() -> None
         }
 
     assert _merged([rank(number) for number in range(3)])["levels"] == {"node": [(64, 3.0)]}
+
+
+def test_how_far_apart_ranks_leave_a_barrier_is_no_hop_s_latency() -> None:
+    """A millisecond each; the first one after a barrier waits for the rank that left it last."""
+    now, left = [0.0], [False]
+
+    def hop() -> None:
+        now[0] += 0.021 if left[0] else 0.001
+        left[0] = False
+
+    def barrier() -> None:
+        left[0] = True
+
+    with mock.patch.object(calibrate.time, "perf_counter", lambda: now[0]), mock.patch.object(dist, "barrier", barrier):
+        assert calibrate._row(hop, 1, torch.device("cpu")) == pytest.approx(0.021)
+        assert calibrate._row(hop, 100, torch.device("cpu")) == pytest.approx(0.0012)
 
 
 def test_an_order_of_presets_counts_what_is_no_tie() -> None:

@@ -123,6 +123,10 @@ class Dump:
         """Whether the text of every pass is kept."""
         self._inputs: dict[str, text.Inputs] = {}
         self._names: dict[str, Names] = {}
+        """Of the graphs that are in the passes. Of a graph that has been through them none is kept: names hold its nodes, and those
+        their tensors, for as long as the model is trained."""
+        self._joint: dict[str, tuple[str, str]] = {}
+        """Names of the joint graph, for those that it is cut into."""
         self._folders: dict[str, Path] = {}
         self._broken = False
 
@@ -164,13 +168,17 @@ class Dump:
             self.step.records[stage] = Record(context.name, self.number, stage)
             self._inputs = self._inputs or text.describe_inputs(gm)  # the joint graph knows of all of them
             self._names[stage] = self._name(gm, stage)
-        self._names[stage].update(gm)
+        names = self._names[stage]
+        names.update(gm)
         found, last = self.step.records[stage], pass_name in _LAST
         if last:
-            found.rows = record.rows(gm, self._names[stage], self._inputs, stage)
+            found.rows = record.rows(gm, names, self._inputs, stage)
             lines = [text.line(row.name, row.value, row.what, row.source) for row in found.rows]
+            del self._names[stage]
+            if stage == "joint":
+                self._joint = names.export()
         elif self.whole:
-            lines = text.lines(gm, self._inputs, stage, self._names[stage])
+            lines = text.lines(gm, self._inputs, stage, names)
         if self.whole or last:
             self._add(found, pass_name, lines, context)
         self.step.kept |= context.kept
@@ -202,14 +210,13 @@ class Dump:
 
     def _name(self, gm: GraphModule, stage: str) -> Names:
         """Names for the graph of a stage: those of the joint graph that it was cut from, where there was one."""
-        joint = self._names.get("joint")
         given = {name: text.input_name(roles) for name, roles in self._inputs.items() if roles}
         plain = [
             node.name for node in gm.graph.nodes if node.op == "placeholder" and not node.name.startswith("tangents")
         ]
         if len(plain) == len(self.sources):
             given = {name: path(source) for name, source in zip(plain, self.sources, strict=True)} | given
-        return Names(joint.export() if joint and stage != "joint" else None, given)
+        return Names(self._joint, given)
 
     # -- summaries and views -----------------------------------------------------------------------------------------------------
 
