@@ -39,10 +39,21 @@ convergence: $(VENV)/.installed
 	$(BIN)/python examples/convergence.py $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(call pytest,"")
 
 test-quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(call pytest,"not slow")
+
+# Tests of one process run on two cores, file by file; then, one after another, those that start ranks of their own, which fill the cores.
+# With ARGS pytest runs once, on what they name.
+ifeq ($(ARGS),)
+define pytest
+@$(BIN)/python -m pytest -m $(1) -n 2 --dist loadfile tests/unit tests/fake tests/package; status=$$?; \
+	$(BIN)/python -m pytest -m $(1) tests/gloo tests/gpu && exit $$status
+endef
+else
+pytest = $(BIN)/python -m pytest -m $(1) $(ARGS)
+endif
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -212,7 +212,10 @@ class Runtime:
         if self._alone:
             return None
         everybody = list(range(self.topology.world_size))
-        return self._groups.get("", everybody, "world", "background", backend="gloo")
+        made = self._groups.get("", everybody, "world", "background", backend="gloo")
+        if self.real:
+            do_not_preempt()
+        return made
 
     def broke_off(self, error: BaseException) -> None:
         """A forward or a backward ended in `error`: for the report, should the program go on from it while others wait."""

@@ -445,10 +445,10 @@ def _trains(rank: int, mode: str, topology: str, make: Callable[[], nn.Module], 
 
 PEOPLE: dict[str, tuple[Callable[..., nn.Module], Loss, str, str, int]] = {
     "demo": (demo, following, "2x2x2", "4x2", 2),
-    "neox": (neox, language, "4x2", "2x2x2", 1),
-    "llama": (llama, language, "2x2x2", "4x2", 1),
-    "t5": (t5, language, "4x2", "2x2x2", 1),
-    "mixtral": (mixtral, language, "2x2x2", "4x2", 1),
+    "neox": (neox, language, "2x2", "2x2x2", 1),
+    "llama": (llama, language, "4x2", "2x2x2", 1),
+    "t5": (t5, language, "2x2", "4x2", 1),
+    "mixtral": (mixtral, language, "2x2", "4x2", 1),
 }
 """name -> (model, loss, mesh of the compiled run, mesh of the one in eager torch, kinds of micro-batches)"""
 QUICK = [name if name == "neox" else pytest.param(name, marks=pytest.mark.slow) for name in PEOPLE]
@@ -457,8 +457,8 @@ QUICK = [name if name == "neox" else pytest.param(name, marks=pytest.mark.slow) 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PEOPLE)
 def test_models_of_others_train_compiled(ranks: Any, name: str) -> None:
-    """Each of eight ranks compiles for itself. So the demo has two layers, and T5 two stacks; of the others one layer has what is special
-    about them. In eager torch all have two."""
+    """Each rank compiles for itself. So eight do for the demo and for Llama, and four for the others; the demo has two layers, and T5 two
+    stacks; of the others one layer has what is special about them. In eager torch all have two layers and eight ranks."""
     make, loss, mesh, _, micro = PEOPLE[name]
     given = functools.partial(make, 2 if name == "demo" else 1)
     ranks(Topology.parse(mesh).world_size).run(_trains, "graph", mesh, given, loss, micro, timeout=500)
@@ -471,6 +471,5 @@ def test_models_of_others_train_in_eager_torch(ranks: Any, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [neox, llama])
-def test_transformers_models_train_through_inductor(ranks: Any, make: Callable[..., nn.Module]) -> None:
-    ranks(2).run(_trains, "code", "2", functools.partial(make, 1), language, 1, timeout=500)
+def test_a_transformers_model_trains_through_inductor(ranks: Any) -> None:
+    ranks(2).run(_trains, "code", "2", functools.partial(neox, 1), language, 1, timeout=500)

@@ -25,14 +25,14 @@ def test_sharded_training_has_the_bits_of_the_reference(ranks: Any, name: str, m
 @pytest.mark.parametrize(
     ("name", "dtype", "topology"),
     [
-        ("paper", torch.bfloat16, "2x2x2"), ("paper", torch.float32, "2x2"), ("zero3", torch.bfloat16, "2x2"),
+        ("paper", torch.bfloat16, "2x2"), ("paper", torch.float32, "2x2"), ("zero3", torch.bfloat16, "2x2"),
         ("a format per level", torch.bfloat16, "2x2x2"), ("replicas sync and come back", torch.float32, "2x2"),
         ("delta", torch.bfloat16, "2x2"), ("feedback", torch.bfloat16, "2x2"),
     ],
 )  # fmt: skip
 def test_compiled_equals_eager_bit_for_bit(ranks: Any, name: str, dtype: torch.dtype, topology: str) -> None:
     """Two micro-batches, so that the last hop's sum goes into the main grads, and comes out of them. Each rank compiles for itself: eight
-    do for the paper's three levels and where every level has a format; what the others change is there with two levels too."""
+    do where every level has a format; what the others change is there with two levels too."""
     plan = PLANS[name][1]
     pool = ranks(Topology.parse(topology).world_size)
     model = once if plan.error_feedback is not None else small  # with feedback each read of a weight is sent apart

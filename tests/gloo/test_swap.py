@@ -132,8 +132,8 @@ def test_a_member_that_does_not_come_is_an_error_in_time() -> None:
 
 
 def policies(rank: int) -> dict[bool, set[int]]:
-    """Whether a thread is gloo's -> scheduling policies, once a runtime has its groups."""
-    Runtime.get(Topology.parse("2x2"), timeout=30)
+    """Whether a thread is gloo's -> scheduling policies, once a runtime has its groups, and one made later."""
+    Runtime.get(Topology.parse("2x2"), timeout=30).background()
     found: dict[bool, set[int]] = {}
     for task in Path("/proc/self/task").iterdir():
         gloos = (task / "comm").read_text().strip() == "gloo_tcp_loop"

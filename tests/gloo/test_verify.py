@@ -24,9 +24,10 @@ Ranks = Callable[[int], Pool]
 
 # ---- the matrix
 
-PAIR = (1, 2)
-"""Micro-batches of the matrix in eager torch: with two there is one that accumulates and one that adds to it and syncs. The dozen below
-and the handful take four, as `zcompile verify` does, of which those in the middle add to what they find and do not sync."""
+TWO = 2
+"""Micro-batches of the matrix in eager torch: one that accumulates and one that adds to it and syncs. On one machine of three levels a step
+has one, too. The cells below and the handful take one and four, as `zcompile verify` does, of which those in the middle add to what they
+find and do not sync."""
 FEW = 2
 """Steps of the matrix, in which each fault that is put in below shows. The second one reads what the first one's refresh sent, and four
 runs one after the other train each model."""
@@ -54,20 +55,28 @@ class Matrix:
         return self._found[key]
 
 
-MATRIX = [verify.Cell(p, t, k, "eager") for t in verify.TOPOLOGIES for p in PRESETS for k in PAIR]
+MATRIX = [
+    (topology, plan, k)
+    for topology in verify.TOPOLOGIES
+    for plan in PRESETS
+    for k in ((1, TWO) if topology == "2x2x2" else (TWO,))
+]
 PASSES = (
-    ("ddp", "2x2x2", 4), ("zero1", "4x2", 1), ("zero2", "2x1x2", 4), ("zero3", "4", 4), ("hsdp", "1x2x2", 4), ("zeropp", "2x2x2", 1),
+    ("ddp", "2x1x2", 4), ("zero1", "4x2", 1), ("zero2", "2x1x2", 4), ("zero3", "4", 4), ("hsdp", "1x2x2", 4), ("zeropp", "2x2x2", 1),
     ("zero_topo", "2x2x2", 1), ("zero_topo", "2x2x2", 4), ("zero_topo", "2x4", 4),
 )  # fmt: skip
 """Presets that place tensors differently (fsdp and mics are other names), through the passes. Every rank traces for itself: eight do where
 there are three levels, or two of different sizes that could be taken for one another, and else four. (zero_topo, 2x2) is in the handful."""
-INDUCTOR = (("zero_topo", "2x2x2", 4), ("zero3", "4", 4))
-"""With K = 4 code is generated for a graph that accumulates and one that syncs; of K = 1, tests/gloo/test_code_generation.py has it."""
+INDUCTOR = (("zero_topo", "2x2", 4), ("zero3", "4", 4))
+"""With K = 4 code is generated for a graph that accumulates and one that syncs; of K = 1, tests/gloo/test_code_generation.py has it, of
+three levels, tests/gloo/test_overlap.py."""
+EXACT = INDUCTOR[0][:2]
+"""The one of which bits are compared, on the model in which fusion changes none: see zcompile.verify.EXACT."""
 
 
 @pytest.fixture(scope="module")
 def matrix(ranks: Ranks) -> Matrix:
-    return Matrix(MATRIX, ranks, FEW)
+    return Matrix([verify.Cell(plan, topology, k, "eager") for topology, plan, k in MATRIX], ranks, FEW)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +85,9 @@ def graphs(ranks: Ranks) -> Matrix:
 
 
 @pytest.fixture(scope="module")
-def generated(ranks: Ranks) -> Matrix:
-    return Matrix([verify.Cell(*cell, "code") for cell in INDUCTOR], ranks, STEPS)
+def generated(ranks: Ranks) -> Iterator[Matrix]:
+    with mock.patch.object(verify, "EXACT", (EXACT,)):
+        yield Matrix([verify.Cell(*cell, "code") for cell in INDUCTOR], ranks, STEPS)
 
 
 def passes(cell: verify.Cell) -> None:
@@ -85,13 +95,11 @@ def passes(cell: verify.Cell) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batches", PAIR)
-@pytest.mark.parametrize("plan", PRESETS)
-@pytest.mark.parametrize("topology", verify.TOPOLOGIES)
+@pytest.mark.parametrize(("topology", "plan", "micro_batches"), MATRIX)
 def test_requirement_1_same_answer_as_flat_sharding(
     matrix: Matrix, topology: str, plan: str, micro_batches: int
 ) -> None:
-    """Every preset, topology and K; also requirements 3 and 4 and invariants 3, 4 and 9, on all of them."""
+    """Every preset and topology; also requirements 3 and 4 and invariants 3 and 4 on all of them, 9 where there are both K."""
     cell = matrix[plan, topology, micro_batches]
     passes(cell)
     assert cell.bit_equal and cell.loss_bit_equal
@@ -109,10 +117,9 @@ def test_requirement_1_through_the_passes(graphs: Matrix, cell: tuple[str, str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", INDUCTOR, ids=lambda cell: "-".join(map(str, cell)))
 def test_through_inductor(generated: Matrix, cell: tuple[str, str, int]) -> None:
-    """Invariant 4 with code generation, of the preset of three levels (with the bits of the model in which fusion changes none,
-    trial.Pointwise) and flat sharding. `zcompile verify --codegen` takes a dozen."""
+    """Invariant 4 with code generation, of the preset of three levels and flat sharding. `zcompile verify --codegen` takes a dozen."""
     passes(generated[cell])
-    assert generated[cell].bit_equal == (True if cell[:2] in verify.EXACT else None)
+    assert generated[cell].bit_equal == (True if cell[:2] == EXACT else None)
 
 
 def test_what_goes_through_the_passes_has_every_placement_and_both_k() -> None:
