@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from zcompile.plan import ResolvedPlan
+from zcompile.resolved import ResolvedPlan
 
 
 @dataclass

@@ -26,8 +26,8 @@ from zcompile.launches import Launches
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC
 from zcompile.origins import Origins
 from zcompile.params import MASTER, Slot, Unit, build
-from zcompile.plan import ResolvedPlan
 from zcompile.refresh import Refresher
+from zcompile.resolved import ResolvedPlan
 from zcompile.runtime import Runtime
 from zcompile.traffic import Traffic
 from zcompile.writes import watch

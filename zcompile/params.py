@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from zcompile import transfers
 from zcompile._torch_compat import wrap_local
 from zcompile.layout import ParamSpec, side_by_side
-from zcompile.plan import TRANSFERS, ResolvedPlan
+from zcompile.plan import TRANSFERS
+from zcompile.resolved import ResolvedPlan
 from zcompile.wire import COMPUTE_FORMATS
 
 MASTER = torch.float32

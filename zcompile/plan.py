@@ -1,23 +1,25 @@
 """Plan: where weights, gradients and optimizer state live, and what travels between those places.
 
 Three placements W <= G <= O (in level order), a wire format for each transfer (and per level of it, if wanted), and
-rules that override placements per parameter. A Plan is machine-independent; `resolve` puts it on a topology.
+rules that override placements per parameter. A Plan is machine-independent; `resolve` puts it on a topology
+(zcompile.resolved).
 """
 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, InitVar, asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, InitVar, dataclass, fields
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
 from zcompile.topology import LADDER, Topology
-from zcompile.wire import COMPUTE_FORMATS, Formats, WireFormat, freeze_formats
+from zcompile.wire import Formats, WireFormat, freeze_formats
 
-__all__ = ["ALLOWED", "KINDS", "PRESETS", "TRANSFERS", "Auto", "Plan", "ResolvedPlan", "Rule", "WireFormat", "Wires"]
+if TYPE_CHECKING:
+    from zcompile.resolved import ResolvedPlan
+
+__all__ = ["ALLOWED", "KINDS", "PRESETS", "TRANSFERS", "Auto", "Plan", "Rule", "WireFormat"]
 
 TRANSFERS = ("gather", "reduce", "sync", "refresh", "back")
 
@@ -37,8 +39,9 @@ PRESETS: dict[str, tuple[str, str, str]] = {
 WIRES = {"paper": {"gather": "int8", "reduce": "int4/64"}}
 """What `wire=` stands for: formats of transfers, by name. Gradients in blocks of 64: docs/convergence.md has what 256 cost."""
 
-_DEFAULTS = {"gather": "native", "reduce": "fp32", "back": "fp32"}
-_OWNERS = ("weights", "gradients", "optimizer")
+DEFAULTS = {"gather": "native", "reduce": "fp32", "back": "fp32"}
+"""Formats of transfers of which nothing is said. A sync is as the reduction then, a refresh as the gather."""
+OWNERS = ("weights", "gradients", "optimizer")
 # Names with a known order. `site` is no placement: each site holds the whole state, `world` is the widest.
 _ORDER = {name: i for i, name in enumerate(("whole", *LADDER[:-1], "world"))}
 
@@ -72,7 +75,7 @@ class Rule:
         count = self.max_elements
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
             raise ValueError(f"rule max_elements={count!r}: must be a number of elements from 0, or None")
-        for owner in _OWNERS:
+        for owner in OWNERS:
             if getattr(self, owner) is not None:
                 _check_placement(f"rule {self.match!r}: {owner}", getattr(self, owner))
         for transfer in TRANSFERS:
@@ -137,12 +140,12 @@ class Plan:
             )
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"name={self.name!r}: must be a text")
-        for owner in _OWNERS:
+        for owner in OWNERS:
             _check_placement(owner, getattr(self, owner))
         for transfer in TRANSFERS:
             value = getattr(self, transfer)
             if value is None:
-                value = WIRES.get(wire or "", {}).get(transfer, _DEFAULTS.get(transfer))
+                value = WIRES.get(wire or "", {}).get(transfer, DEFAULTS.get(transfer))
             if value is not None:
                 object.__setattr__(self, transfer, freeze_formats(transfer, value))
         size, every, beta = self.bucket_bytes, self.full_refresh_every, self.error_feedback
@@ -162,13 +165,13 @@ class Plan:
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise ValueError(f"rules: {rule!r} is no Rule")
-        _check_order("plan", self.placements(), _ORDER)
+        check_order("plan", self.placements(), _ORDER)
         for rule in self.rules:
-            _check_order(f"rule {rule.match!r}", self.placements(rule), _ORDER)
+            check_order(f"rule {rule.match!r}", self.placements(rule), _ORDER)
 
     def placements(self, rule: Rule | None = None) -> dict[str, str]:
         """Placement names by owner (weights, gradients, optimizer), overridden by a rule if given."""
-        return {owner: (rule and getattr(rule, owner)) or getattr(self, owner) for owner in _OWNERS}
+        return {owner: (rule and getattr(rule, owner)) or getattr(self, owner) for owner in OWNERS}
 
     @classmethod
     def preset(cls, preset: str, **overrides: object) -> Plan:
@@ -185,7 +188,7 @@ class Plan:
         for option in overrides:
             if option not in valid:
                 raise ValueError(f"unknown plan option {option!r}{_hint(option, valid)}; valid: {', '.join(valid)}")
-        placements = dict(zip(_OWNERS, PRESETS[preset], strict=True))
+        placements = dict(zip(OWNERS, PRESETS[preset], strict=True))
         changed = any(overrides.get(owner, place) != place for owner, place in placements.items())
         return cls(**{**placements, "name": "custom" if changed else preset, **overrides})  # type: ignore[arg-type]
 
@@ -202,6 +205,8 @@ class Plan:
         """This plan on a topology, computing in "float32" or "bfloat16" on a chip ("": the topology's). A level that the topology
         lacks becomes the next slower one that exists. ValueError if placements are then out of order, or name a level (or a
         format's level) that nobody knows, or if a format is not for this chip."""
+        from zcompile.resolved import ResolvedPlan  # which needs plans
+
         return ResolvedPlan(self, topology, compute, chip or topology.device.chip)
 
 
@@ -245,223 +250,8 @@ class Auto:
         return tuple(name for name in ALLOWED if name in self.allow or bits.get(name, 0) >= self.max_wire_bits)
 
 
-@dataclass(frozen=True)
-class ResolvedPlan:
-    """A plan on a topology: placements as level indices (0 = whole), formats per level."""
-
-    plan: Plan
-    topology: Topology
-    compute: str
-    chip: str = ""
-
-    def __post_init__(self) -> None:
-        if self.compute not in COMPUTE_FORMATS:
-            raise ValueError(f"compute dtype {self.compute!r}: valid: {', '.join(COMPUTE_FORMATS)}")
-        for rule in (None, *self.plan.rules):
-            what = "plan" if rule is None else f"rule {rule.match!r}"
-            places = self.plan.placements(rule)
-            _check_order(
-                f"{what} on topology {self.topology.key}", places, {p: self.topology.index(p) for p in places.values()}
-            )
-        for rule in (None, *self.plan.rules):
-            what = "" if rule is None else f"rule {rule.match!r}: "
-            for transfer in TRANSFERS:
-                for level in _named_levels(getattr(rule or self.plan, transfer)):
-                    if level not in self.topology.names and level not in LADDER:
-                        valid = ", ".join(dict.fromkeys((*self.topology.names, *LADDER)))
-                        raise ValueError(f"{what}{transfer} names the unknown level {level!r}; valid: {valid}")
-                self.formats(transfer, rule=rule)
-        if self.plan.peer_gather:
-            self._check_peers()
-
-    def _check_peers(self) -> None:
-        """peer_gather=True has something to read, and one level to read it over."""
-        names, sizes = self.topology.names, self.topology.sizes
-        over = [name for name, size in list(zip(names, sizes, strict=True))[: self.weights] if size > 1]
-        if len(over) > 1:
-            raise ValueError(
-                f"peer_gather=True with weights over {' and '.join(over)}: ranks of one level read one another's memory; "
-                f"valid: weights={over[0]!r}, or peer_gather=False"
-            )
-
-    @property
-    def bucket(self) -> int:
-        """Bytes of weights that travel together."""
-        from zcompile.times import message_bytes  # which needs torch; plans are made and read without it
-
-        return self.plan.bucket_bytes or message_bytes(self.topology.levels)
-
-    @property
-    def weights(self) -> int:
-        """W as a level index, before rules and caps."""
-        return self.topology.index(self.plan.weights)
-
-    @property
-    def gradients(self) -> int:
-        """G as a level index, before rules and caps."""
-        return self.topology.index(self.plan.gradients)
-
-    @property
-    def optimizer(self) -> int:
-        """O as a level index, before rules and caps."""
-        return self.topology.index(self.plan.optimizer)
-
-    def placement(self, name: str, rows: int, numel: int, dim: int) -> tuple[int, int, int]:
-        """(W, G, O) as level indices for one parameter: its name, rows (size of dimension 0), elements and number of
-        dimensions. Rules apply first; then each is capped at the widest level k with E_k <= rows. Scalars, empty
-        parameters and those of one row stay whole (0)."""
-        if dim == 0 or rows <= 1 or numel == 0:
-            return 0, 0, 0
-        rule = self.rule(name, numel)
-        cap = max(k for k, extent in enumerate(self.topology.extents) if extent <= rows)
-        places = self.plan.placements(rule)
-        w, g, o = (min(self.topology.index(places[owner]), cap) for owner in _OWNERS)
-        return w, g, o
-
-    def formats(self, transfer: str, compute: str = "", rule: Rule | None = None) -> tuple[WireFormat, ...]:
-        """The wire format of a transfer at each level 1..m; never "native". ValueError for an unknown transfer, for fp8 on a chip
-        without it, for a refresh that is a delta at some levels only.
-
-        `compute` is the dtype of a parameter that differs from the model's main one: what native means for it. `rule` is what
-        matches the parameter. This is what the plan says for matrices: see `wires`.
-        """
-        compute = compute or self.compute
-        if transfer not in TRANSFERS:
-            raise ValueError(f"unknown transfer {transfer!r}; valid: {', '.join(TRANSFERS)}")
-        value: Formats | None = None if rule is None else getattr(rule, transfer)
-        if value is None:
-            value = getattr(self.plan, transfer)
-        if isinstance(value, WireFormat):
-            found = (value.resolved(compute, self.chip),) * len(self.topology.levels)
-        else:
-            if transfer in ("sync", "refresh"):
-                default = self.formats("reduce" if transfer == "sync" else "gather", compute, rule)
-            else:
-                wire = WireFormat.parse(_DEFAULTS[transfer]).resolved(compute)
-                default = (wire,) * len(self.topology.levels)
-            given = {a: wire.resolved(compute, self.chip) for a, wire in value} if isinstance(value, tuple) else {}
-            found = tuple(given.get(level, wire) for level, wire in zip(self.topology.names, default, strict=True))
-        if any(wire.delta for wire in found) and len(set(found)) > 1:
-            text = ", ".join(f"{level} {wire.short}" for level, wire in zip(self.topology.names, found, strict=True))
-            raise ValueError(
-                f"{transfer} ({text}): a delta goes on over all levels of a refresh as it is; give one format for all"
-            )
-        return found
-
-    def wires(self, name: str, shape: Sequence[int], compute: str = "", kind: str = "matrix") -> Wires:
-        """The formats that the transfers of one parameter have, and the block that its shards are padded to.
-
-        A quantised format that the plan gives (not a rule that names the parameter) is replaced by the transfer's native default
-        for embeddings, norms and vectors, and for a parameter whose shard does not fill one block.
-        """
-        numel = math.prod(shape)
-        rule = self.rule(name, numel)
-        rows = shape[0] if shape else 1
-        _, _, o = self.placement(name, rows, numel, len(shape))
-        found: dict[str, tuple[WireFormat, ...]] = {}
-        for transfer in TRANSFERS:
-            own = rule is not None and _given_by(rule, transfer)
-            wires = self.formats(transfer, compute, rule)
-            if not own:
-                default = "fp32" if transfer in ("reduce", "sync", "back") else "native"
-                native = WireFormat.parse(default).resolved(compute or self.compute)
-                piece = -(-rows // self.topology.extents[o]) * (numel // rows if rows else 0)
-                piece = -(-piece // (self.topology.extents[-1] // self.topology.extents[o]))
-                wires = tuple(
-                    native if wire.quantized and (kind != "matrix" or piece < wire.block) else wire for wire in wires
-                )
-            found[transfer] = wires
-        return Wires(**found)
-
-    def rule(self, name: str, numel: int) -> Rule | None:
-        """The rule that holds for a parameter, if any."""
-        return next((rule for rule in self.plan.rules if rule.matches(name, numel)), None)
-
-    @property
-    def key(self) -> str:
-        """16 hexadecimal digits over every field of the plan, the topology (levels with their rates, device, order)
-        and the compute dtype: for cache keys and for agreement between ranks. The same in every process."""
-        content = json.dumps([asdict(self.plan), asdict(self.topology), self.compute, self.chip], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-    def describe(self) -> str:
-        """Printable lines: preset, what each placement became on this topology, rules, formats."""
-        topology = self.topology
-        shape = " ".join(f"{level.name} {level.size}" for level in topology.levels)
-        lines = [
-            f"plan {self.plan.name} on {topology.key} ({shape}; {topology.world_size} ranks), compute {self.compute}"
-        ]
-        lines += [f"  {owner + ':':<11}{self._became(getattr(self.plan, owner))}" for owner in _OWNERS]
-        for rule in self.plan.rules:
-            at_most = "" if rule.max_elements is None else f" up to {rule.max_elements} elements"
-            over = [f"{owner} {self._became(getattr(rule, owner))}" for owner in _OWNERS if getattr(rule, owner)]
-            over += [
-                f"{transfer} {_said(getattr(rule, transfer))}" for transfer in TRANSFERS if getattr(rule, transfer)
-            ]
-            lines.append(f"  rule {rule.match}{at_most}: {', '.join(over) or 'as the plan'}")
-        for transfer in TRANSFERS:
-            formats = self.formats(transfer)
-            one = len(set(formats)) == 1
-            pairs = zip(topology.names, formats, strict=True)
-            text = formats[0].short if one else ", ".join(f"{level} {wire.short}" for level, wire in pairs)
-            absent = [level for level in _named_levels(getattr(self.plan, transfer)) if level not in topology.names]
-            note = f" (unused: no level {', '.join(f'`{level}`' for level in absent)})" if absent else ""
-            lines.append(f"  {transfer + ':':<11}{text}{note}")
-        if any(wire.quantized for transfer in TRANSFERS for wire in self.formats(transfer)):
-            lines.append(
-                f"  {'native:':<11}embeddings, norms, vectors, shards smaller than a block, unless a rule says otherwise"
-            )
-        if any(wire.delta for wire in self.formats("refresh")):
-            every = f" and after {self.plan.full_refresh_every} deltas" if self.plan.full_refresh_every else ""
-            lines.append(f"  {'full:':<11}a refresh after every write that is no optimizer step{every}")
-        if self.plan.error_feedback is not None:
-            lines.append(f"  {'feedback:':<11}beta {self.plan.error_feedback:g}, where gradients are quantised")
-        if self.plan.peer_gather:
-            lines.append(f"  {'peer:':<11}gathers read the other ranks' memory")
-        lines.append(f"  {'bucket:':<11}{self.bucket} bytes")
-        return "\n".join(lines)
-
-    def _became(self, place: str) -> str:
-        index = self.topology.index(place)
-        if place == "whole" or place in self.topology.names:
-            return place
-        level = self.topology.names[index - 1]
-        if place == "world":
-            return f"world ({self.topology.extents[index]} ranks, up to {level})"
-        return f"{place} -> {level} (no level `{place}` in {self.topology.key})"
-
-
-@dataclass(frozen=True)
-class Wires:
-    """The wire formats of one parameter: per transfer one for each level 1..m."""
-
-    gather: tuple[WireFormat, ...]
-    reduce: tuple[WireFormat, ...]
-    sync: tuple[WireFormat, ...]
-    refresh: tuple[WireFormat, ...]
-    back: tuple[WireFormat, ...]
-
-    @property
-    def block(self) -> int:
-        """What shards are padded to a multiple of: the largest block of its quantised formats (all are powers of two), or 1."""
-        return max((wire.block for t in TRANSFERS for wire in getattr(self, t) if wire.quantized), default=1)
-
-
-def _given_by(rule: Rule, transfer: str) -> bool:
-    """Whether a rule itself gives a transfer's format, or that of the one which it follows."""
-    follows = {"sync": "reduce", "refresh": "gather"}.get(transfer, transfer)
-    return getattr(rule, transfer) is not None or getattr(rule, follows) is not None
-
-
-def _named_levels(value: Formats | None) -> list[str]:
+def named_levels(value: Formats | None) -> list[str]:
     return [level for level, _ in value] if isinstance(value, tuple) else []
-
-
-def _said(value: Formats) -> str:
-    if isinstance(value, WireFormat):
-        return value.short
-    assert isinstance(value, tuple)
-    return " ".join(f"{level}={wire.short}" for level, wire in value)
 
 
 def _check_placement(what: str, place: object) -> None:
@@ -473,7 +263,7 @@ def _check_placement(what: str, place: object) -> None:
         raise ValueError(f"{what}='site': state is not sharded over sites; the widest placement is `world`")
 
 
-def _check_order(what: str, places: dict[str, str], order: Mapping[str, int]) -> None:
+def check_order(what: str, places: dict[str, str], order: Mapping[str, int]) -> None:
     known = [(owner, place) for owner, place in places.items() if place in order]
     for i, (narrow, a) in enumerate(known):
         for wide, b in known[i + 1 :]:

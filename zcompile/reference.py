@@ -28,7 +28,7 @@ from zcompile.kernels import reference as quantisers
 from zcompile.kernels.geometry import Geometry
 from zcompile.layout import Layout
 from zcompile.params import kind_of, named_owners
-from zcompile.plan import ResolvedPlan
+from zcompile.resolved import ResolvedPlan
 from zcompile.transfers import shard_piece
 from zcompile.wire import COMPUTE_FORMATS, WireFormat
 

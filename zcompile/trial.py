@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from zcompile.api import full_state_dict, ledger
-from zcompile.plan import Plan, ResolvedPlan
+from zcompile.plan import Plan
 from zcompile.reference import MakeOptimizer, Reference
+from zcompile.resolved import ResolvedPlan
 from zcompile.topology import Topology
 from zcompile.wrap import hierarchical_zero
 

@@ -23,7 +23,8 @@ from zcompile.front import Root, install, whole_call
 from zcompile.launcher import init_from_launcher, topology_of_job
 from zcompile.options import Options
 from zcompile.params import named_owners
-from zcompile.plan import Auto, Plan, ResolvedPlan
+from zcompile.plan import Auto, Plan
+from zcompile.resolved import ResolvedPlan
 from zcompile.runtime import Runtime
 from zcompile.storage import folder_of, together
 from zcompile.topology import Topology

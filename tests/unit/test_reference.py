@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from zcompile import Plan, Topology
-from zcompile.plan import ResolvedPlan
 from zcompile.reference import Order, Reference
+from zcompile.resolved import ResolvedPlan
 
 SGD = functools.partial(torch.optim.SGD, lr=1.0)
 

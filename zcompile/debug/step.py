@@ -20,7 +20,7 @@ from zcompile import cost
 from zcompile.debug.names import printable
 from zcompile.debug.record import Record
 from zcompile.layout import ParamSpec
-from zcompile.plan import ResolvedPlan
+from zcompile.resolved import ResolvedPlan
 from zcompile.simulator import begin, refreshes
 from zcompile.timeline import Hop, Timeline
 from zcompile.wire import COMPUTE_FORMATS

@@ -18,10 +18,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zcompile.plan import ALLOWED, PRESETS, WIRES, Plan, ResolvedPlan
+from zcompile.plan import ALLOWED, PRESETS, WIRES, Plan
 from zcompile.planner.skeleton import Piece, Skeleton, numel, pieces
 from zcompile.planner.step import ADAMW_BYTES, Result, of_skeleton, play
 from zcompile.planner.workload import Workload
+from zcompile.resolved import ResolvedPlan
 from zcompile.simulator import Noise
 from zcompile.times import hop_seconds
 from zcompile.topology import Topology

@@ -25,8 +25,8 @@ from zcompile.passes import schedule
 from zcompile.passes.context import Context
 from zcompile.passes.nodes import ALL_GATHER, ALL_TO_ALL, REFRESH, TRANSFER, WAIT, WIRE
 from zcompile.passes.work import WEIGHTS
-from zcompile.plan import ResolvedPlan
 from zcompile.planner.workload import Workload
+from zcompile.resolved import ResolvedPlan
 from zcompile.simulator import Refresh, refreshes
 from zcompile.times import SECONDS
 from zcompile.wire import WireFormat
