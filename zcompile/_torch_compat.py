@@ -33,6 +33,7 @@ from torch._C._distributed_c10d import (  # read from torch 2.13
     _unregister_process_group,
 )
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.callback import callback_handler  # read from torch 2.11, 2.12 and 2.13
 from torch._dynamo.decorators import skip, skip_code
 from torch._guards import detect_fake_mode  # read from torch 2.11 and 2.13
 from torch._inductor import custom_graph_pass
@@ -62,6 +63,7 @@ __all__ = [
     "allow_inflight_launch",
     "backend_config",
     "clone_store",
+    "compiling",
     "default_group",
     "default_store",
     "detect_fake_mode",
@@ -78,6 +80,12 @@ __all__ = [
     "unregister_group",
     "unwaited_work",
 ]
+
+
+def compiling() -> bool:
+    """Whether a thread of this process is compiling: a frame, or a backward whose turn it is."""
+    # What a handler registers is taken out again by torch._dynamo.reset; the number of compilations under way is not.
+    return bool(callback_handler._CompilationCallbackHandler__pending_callbacks_counter)  # type: ignore[attr-defined]
 
 
 def register_group(name: str, group: dist.ProcessGroup) -> None:

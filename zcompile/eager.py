@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from zcompile import transfers
-from zcompile.faults.sites import Parameters, about, users_place
+from zcompile.faults.sites import Parameters, about, places, users_place
 from zcompile.ops import ACCUMULATE, compensated, finish, needs_wait, watch
 from zcompile.params import Slot
 
@@ -94,7 +94,7 @@ def read(slot: Slot) -> Tensor:
     assert engine is not None and engine.call is not None
     call = engine.call
     if slot.name not in engine.reads.eager:
-        engine.reads.eager[slot.name] = users_place(traceback.walk_stack(sys._getframe()))
+        engine.reads.eager[slot.name] = users_place(places(traceback.walk_stack(sys._getframe())))
     slot.source = slot.source or os.path.basename(engine.reads.eager[slot.name])
     leaf = slot.token if call.phase == ACCUMULATE else slot.leaf
     assert leaf is not None

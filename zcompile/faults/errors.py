@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from zcompile.faults import memory
-from zcompile.faults.sites import users_line
+from zcompile.faults.sites import places, users_line
 from zcompile.faults.verdict import FaultError
 
 _GLOO = ("gloo/transport", "Application timeout caused pair closure", "Operation timed out!")
@@ -20,7 +20,7 @@ def described(error: BaseException) -> dict[str, Any]:
     found: dict[str, Any] = {
         "type": type(error).__name__,
         "message": (str(error).splitlines() or [""])[0][:300],
-        "line": users_line(reversed(list(traceback.walk_tb(error.__traceback__)))),
+        "line": users_line(places(reversed(list(traceback.walk_tb(error.__traceback__))))),
     }
     if memory.ran_out(error):
         found["memory"] = memory.describe()

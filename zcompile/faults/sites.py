@@ -23,8 +23,6 @@ _OURS = (
     "<",
 )
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
-_COMPILER = {("convert_frame.py", "_compile"), ("compile_fx.py", "compile_fx_inner"), ("backend.py", "half")}
-"""Functions that are on a stack while something is compiled, and not while its result runs."""
 
 
 @dataclass(frozen=True)
@@ -123,30 +121,24 @@ def subject() -> Subject | None:
     return getattr(_LOCAL, "subject", None)
 
 
-def users_place(frames: Iterable[tuple[FrameType, int]]) -> str:
+def users_place(calls: Iterable[tuple[str, int]]) -> str:
     """The first line that is neither torch's nor ours nor the standard library's, "/home/me/train.py:93"; "" if there is none.
 
     Args:
-        frames: innermost first, as of traceback.walk_stack.
+        calls: (file, line), innermost first.
     """
-    for frame, line in frames:
-        path = frame.f_code.co_filename
+    for path, line in calls:
         library = path.startswith(_LIBRARY) and f"{os.sep}site-packages{os.sep}" not in path
         if not library and not path.startswith(_OURS):
             return f"{path}:{line}"
     return ""
 
 
-def users_line(frames: Iterable[tuple[FrameType, int]]) -> str:
+def users_line(calls: Iterable[tuple[str, int]]) -> str:
     """The same without the folder: "train.py:93"."""
-    return os.path.basename(users_place(frames))
+    return os.path.basename(users_place(calls))
 
 
-def compiling(frame: FrameType | None) -> bool:
-    """Whether a stack is inside the compiler: such a rank is at work, however long it takes."""
-    while frame is not None:
-        code = frame.f_code
-        if (os.path.basename(code.co_filename), code.co_name) in _COMPILER:
-            return True
-        frame = frame.f_back
-    return False
+def places(frames: Iterable[tuple[FrameType, int]]) -> Iterator[tuple[str, int]]:
+    """(file, line) of frames as traceback.walk_stack and walk_tb give them. Of this thread alone: of others see zcompile.faults.stacks."""
+    return ((frame.f_code.co_filename, line) for frame, line in frames)

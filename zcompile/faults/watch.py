@@ -23,16 +23,15 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from zcompile import _torch_compat as compat
-from zcompile.faults import errors
+from zcompile.faults import errors, stacks
 from zcompile.faults.board import Board
 from zcompile.faults.order import Order
-from zcompile.faults.sites import Listed, Site, compiling, subject, users_line
+from zcompile.faults.sites import Listed, Site, subject, users_line
 from zcompile.faults.verdict import FaultError, Trouble, Verdict, judge
 from zcompile.faults.waits import closed_members
 
@@ -83,7 +82,6 @@ class Watch:
         self._turn, self._judging, self._asked, self._flagged = 0, False, 0.0, False
         self._decided_at = 0.0
         self._pid = os.getpid()
-        self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._serve, name="zcompile-watch", daemon=True)
         self._thread.start()
         atexit.register(self._at_exit)
@@ -189,8 +187,6 @@ class Watch:
 
     def record(self, state: str = "") -> dict[str, Any]:
         """Where this rank is. `state`: running, waiting, fault (in trouble, or it has a verdict); raised and left are last words."""
-        frames = sys._current_frames()
-        main = frames.get(self._main or 0)
         now = time.monotonic()
         waits = [
             Trouble.of(self.rank, site, waited=now - since, limit=self.timeout, missing=tuple(whom()))
@@ -198,15 +194,14 @@ class Watch:
         ]
         if not state:
             state = "fault" if self._trouble or self.verdict else "waiting" if waits else "running"
-        own = threading.get_ident()
         return {
             "state": state,
             "beat": self._beat,
             "time": time.time(),
             "waits": [asdict(wait) for wait in waits],
             "last": str(self._last) if self._last else "",
-            "line": users_line(traceback.walk_stack(main)) if main else "",
-            "compiling": any(compiling(frame) for ident, frame in frames.items() if ident != own),
+            "line": users_line(stacks.main_thread()),
+            "compiling": compat.compiling(),
             "answered": self._judging or self._asked > 0,
             "caught": self.caught,
         }
