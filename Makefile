@@ -46,10 +46,11 @@ test-quick: $(VENV)/.installed-test
 
 # Tests of one process run on two cores, file by file; then, one after another, those that start ranks of their own, which fill the cores.
 # With ARGS pytest runs once, on what they name.
+RANKS := tests/gloo tests/gpu
 ifeq ($(ARGS),)
 define pytest
-@$(BIN)/python -m pytest -m $(1) -n 2 --dist loadfile tests/unit tests/fake tests/package; status=$$?; \
-	$(BIN)/python -m pytest -m $(1) tests/gloo tests/gpu && exit $$status
+@$(BIN)/python -m pytest -m $(1) -n 2 --dist loadfile $(RANKS:%=--ignore=%); status=$$?; \
+	$(BIN)/python -m pytest -m $(1) $(RANKS) && exit $$status
 endef
 else
 pytest = $(BIN)/python -m pytest -m $(1) $(ARGS)

@@ -251,6 +251,7 @@ class Auto:
 
 
 def named_levels(value: Formats | None) -> list[str]:
+    """The levels that a transfer's formats are given for one by one."""
     return [level for level, _ in value] if isinstance(value, tuple) else []
 
 
@@ -264,6 +265,7 @@ def _check_placement(what: str, place: object) -> None:
 
 
 def check_order(what: str, places: dict[str, str], order: Mapping[str, int]) -> None:
+    """ValueError, with `what` it is about, unless the owners' places come in `order`; places that it does not have are left alone."""
     known = [(owner, place) for owner, place in places.items() if place in order]
     for i, (narrow, a) in enumerate(known):
         for wide, b in known[i + 1 :]:

@@ -216,7 +216,7 @@ class Dump:
         ]
         if len(plain) == len(self.sources):
             given = {name: path(source) for name, source in zip(plain, self.sources, strict=True)} | given
-        return Names(self._joint, given)
+        return Names(None if stage == "joint" else self._joint, given)
 
     # -- summaries and views -----------------------------------------------------------------------------------------------------
 

@@ -42,5 +42,4 @@ def of_text(text: str, thread: int) -> list[tuple[str, int]]:
 
 def main_thread() -> list[tuple[str, int]]:
     """`calls` of the main thread."""
-    ident = threading.main_thread().ident
-    return calls(ident) if ident is not None else []
+    return calls(threading.main_thread().ident or 0)
