@@ -10,7 +10,7 @@ import json
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,17 +48,19 @@ class Exchange:
         head = [len(words), zlib.crc32(step.encode())]
         self._frame = agreement._launch(_padded(head + words[:_BODY], _FRAME))
 
-    def result(self, timeout: float | None = None, patience: float = 0.0) -> list[list[int]]:
+    def result(
+        self, timeout: float | None = None, patience: float = 0.0, meanwhile: Callable[[], None] | None = None
+    ) -> list[list[int]]:
         """The words of every rank, by rank. AgreementError if a rank is at another step, or after `timeout` seconds; `patience` seconds
-        while some rank compiles.
+        while some rank compiles. `meanwhile` is called now and then by a wait that lasts, and may raise.
         """
         if self._values is None:
-            self._values = self._take(timeout, patience)
+            self._values = self._take(timeout, patience, meanwhile)
         return self._values
 
-    def _take(self, timeout: float | None, patience: float) -> list[list[int]]:
+    def _take(self, timeout: float | None, patience: float, meanwhile: Callable[[], None] | None) -> list[list[int]]:
         agreement, step = self._agreement, self._step
-        frames = agreement._finish(self._frame, step, timeout, patience)
+        frames = agreement._finish(self._frame, step, timeout, patience, meanwhile)
         strangers = [rank for rank, frame in enumerate(frames) if frame[1] != zlib.crc32(step.encode())]
         if strangers:
             raise AgreementError(
@@ -93,12 +95,18 @@ class Agreement:
         self.watch = watch
 
     def exchange(
-        self, words: list[int], *, step: str = "exchange", timeout: float | None = None, patience: float = 0.0
+        self,
+        words: list[int],
+        *,
+        step: str = "exchange",
+        timeout: float | None = None,
+        patience: float = 0.0,
+        meanwhile: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         """Every rank's `words` (int64, any number, it may differ between ranks), by rank. Raises after `timeout` seconds (None: those of
-        this object); while some rank compiles, after `patience`.
+        this object); while some rank compiles, after `patience`; what `meanwhile` raises, which is called while the wait lasts.
         """
-        return self.launch(words, step=step).result(timeout, patience)
+        return self.launch(words, step=step).result(timeout, patience, meanwhile)
 
     def launch(self, words: list[int], *, step: str = "exchange") -> Exchange:
         """`exchange` without waiting."""
@@ -156,17 +164,30 @@ class Agreement:
         if self.group is None:
             return mine.repeat(self.world_size), None
         gathered = torch.empty(self.world_size * len(words), dtype=torch.int64)
-        return gathered, compat.all_gather(gathered, mine, self.group)
+        # An all-gather of gloo's goes round a ring: as many messages, but one after another.
+        return gathered, dist.all_to_all_single(gathered, mine.repeat(self.world_size), group=self.group, async_op=True)
 
     def _finish(
-        self, launched: tuple[torch.Tensor, dist.Work | None], step: str, timeout: float | None, patience: float = 0.0
+        self,
+        launched: tuple[torch.Tensor, dist.Work | None],
+        step: str,
+        timeout: float | None,
+        patience: float = 0.0,
+        meanwhile: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         gathered, work = launched
-        self._wait(work, step, timeout, patience)
+        self._wait(work, step, timeout, patience, meanwhile)
         rows: list[list[int]] = gathered.view(self.world_size, -1).tolist()
         return rows
 
-    def _wait(self, work: dist.Work | None, step: str, timeout: float | None, patience: float = 0.0) -> None:
+    def _wait(
+        self,
+        work: dist.Work | None,
+        step: str,
+        timeout: float | None,
+        patience: float = 0.0,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         if work is None:
             return
         limit = self.timeout if timeout is None else timeout
@@ -175,7 +196,7 @@ class Agreement:
         error: Exception | str = f"no answer after {limit:g} s"
         with contextlib.nullcontext() if self.watch is None else self.watch.waiting(site):
             try:
-                while not poll(work, limit, self.watch):
+                while not poll(work, limit, self.watch, meanwhile):
                     if self.watch is None or time.monotonic() - start > patience:
                         break
                     if self.watch.excused():
@@ -195,6 +216,8 @@ class Agreement:
                 raise AgreementError(f"{what}; a rank is late, gone or at another step. torch said: {error}") from None
             closed = () if isinstance(error, str) else closed_members(self.group, site.members)
             fault = self.watch.lost(site, error, closed=closed, limit=limit, since=start)
+        if isinstance(error, AgreementError):  # of `meanwhile`: it knows more than that nobody answers
+            raise NoAnswer(f"{error}. {fault}", fault.verdict) from None
         raise NoAnswer(f"{what}. {fault}", fault.verdict) from None
 
     @contextlib.contextmanager

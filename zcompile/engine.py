@@ -19,6 +19,7 @@ from zcompile import covered, peers, transfers
 from zcompile._torch_compat import all_gather, in_backward, many_graphs
 from zcompile.agreement import pack_flags, set_anywhere
 from zcompile.call import Call, Window
+from zcompile.course import Course
 from zcompile.covered import Reads
 from zcompile.eager import keep_wholes_out
 from zcompile.faults.checksums import ChecksumError, checksum
@@ -114,6 +115,8 @@ class Engine:
         self.traffic = Traffic(self)
         self.launches = Launches(runtime)
         """Whether all ranks launch the same transfers outside of compiled graphs."""
+        self.course = Course(self)
+        """Which compiled graphs run in a step, as all ranks agree."""
         self.refresher = Refresher(self.device)
         self.compiled: Callable[..., Any] | None = None
         """The model's own compiled forward; None if it is compiled from outside or not at all."""
@@ -238,7 +241,8 @@ class Engine:
     def _agree(self, phase: str, flags: Sequence[bool], refusal: Exception | None) -> list[bool]:
         """Which flags are set on any rank. A rank that refuses or is in another phase is an error on every rank."""
         refused = len(PHASES)
-        words = [*self.launches.words(), PHASES.index(phase) if refusal is None else refused, *pack_flags(flags)]
+        said = PHASES.index(phase) if refusal is None else refused
+        words = [*self.launches.words(), said, self.course.word(phase), *pack_flags(flags)]
         order, rows = self.launches.split(self.runtime.agreement.exchange(words, step="the start of a forward"))
         if refusal is not None:
             raise refusal
@@ -253,7 +257,8 @@ class Engine:
                 f"zcompile: the ranks disagree about this forward: rank 0 is in phase {phases[0]!r}, rank {odd} in {phases[odd]!r} "
                 f"(none: no_grad, accumulate: under no_sync, direct/sync: otherwise). Every rank must run the same kind of micro-step."
             )
-        return set_anywhere([row[1:] for row in rows], len(flags))
+        self.course.begin(phase, [row[1] for row in rows])
+        return set_anywhere([row[2:] for row in rows], len(flags))
 
     def _check_unchanged(self) -> None:
         for slot in self.slots:
@@ -342,20 +347,6 @@ class Engine:
             self.stepped = False
         asked = self.options.nonfinite != "ignore" and not self.options.checks
         self.runtime.look_at_gradients(self.origins if asked else None)
-
-    def agree_on(self, program: Any) -> None:
-        """Before a compiled graph runs: every rank is about to run one with the same ordered collective list."""
-        patience = self.options.compile_timeout  # another rank may still be compiling
-        words = [*self.launches.words(), program.identity]
-        said = self.runtime.agreement.exchange(words, step=f"a {program.stage}", patience=patience)
-        order, rows = self.launches.split(said)
-        self.launches.check(order)
-        if all(row[0] == program.identity for row in rows):
-            return
-        self.runtime.agreement.compare(
-            f"collectives of this {program.stage}", [entry.with_source for entry in program.collectives]
-        )
-        raise RuntimeError(f"zcompile: the ranks run different graphs ({program.name}), but their lists read the same")
 
     def note_sources(self, collectives: Sequence[Any]) -> None:
         """Remember at which of the user's lines each parameter is read, for errors outside any graph."""

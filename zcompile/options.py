@@ -36,7 +36,8 @@ class Options:
             (passes/schedule.py). Batches may differ from it and from each other.
         timeout: seconds a rank waits for another, at set-up, at an agreement and in a collective, before it looks who is missing and
             raises FaultError.
-        compile_timeout: seconds a rank waits for another that is alive and compiles.
+        compile_timeout: seconds a rank waits for another that is alive and compiles a graph that is new to both; for one that compiles
+            again alone `timeout` is the limit.
         sync_init: take rank 0's initial values on every rank instead of requiring that they are equal.
         checks: True or "masters" compares checksums of the masters before each forward, to find writes that torch does not see, and looks
             at each gradient before it is reduced, to say on which rank one that is not finite arose. "checksums" does that, and compares

@@ -62,7 +62,7 @@ class Program:
     def __call__(self, inputs: list[Any]) -> Any:
         engine = self._engine()
         assert engine is not None
-        engine.agree_on(self)
+        engine.course.enter(self)
         self.runs += 1
         engine.traffic.program(self)
         if self.stage != "backward":

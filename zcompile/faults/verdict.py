@@ -95,7 +95,10 @@ class Verdict:
             *(f"  {line}" for line in self.details),
         ]
         if t.error:
-            lines.append(f"  torch said {t.error.splitlines()[0][:200]}")
+            known = t.error.startswith("ranks disagree")  # ours: see zcompile.course
+            lines.append(
+                f"  {'which says' if known else 'torch said'} {t.error.splitlines()[0][: 600 if known else 200]}"
+            )
         lines += [
             f"  others     {line}" if number == 0 else f"             {line}" for number, line in enumerate(self.others)
         ]

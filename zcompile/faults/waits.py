@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from zcompile.faults.watch import Watch
 
 
-def poll(work: Any, limit: float, watch: Watch | None) -> bool:
-    """Wait for a work that may be waited for again (gloo's collectives), looking for a verdict in between.
+def poll(work: Any, limit: float, watch: Watch | None, meanwhile: Callable[[], None] | None = None) -> bool:
+    """Wait for a work that may be waited for again (gloo's collectives), looking for a verdict in between, and calling `meanwhile`.
 
     Returns:
-        False if it is not over after `limit` seconds. Raises what the work raises, and FaultError.
+        False if it is not over after `limit` seconds. Raises what the work raises, FaultError, and what `meanwhile` raises.
     """
     deadline = time.monotonic() + limit
     while (left := deadline - time.monotonic()) > 0:
@@ -31,6 +31,8 @@ def poll(work: Any, limit: float, watch: Watch | None) -> bool:
                 return True
         if watch is not None:
             watch.check()
+        if meanwhile is not None:
+            meanwhile()
     return False
 
 

@@ -67,6 +67,8 @@ class Watch:
         self.on_device = on_device
         self._numbers: collections.Counter[tuple[str, str]] = collections.Counter()
         self._order = 0
+        self.went_on: tuple[int, int] = (0, 0)
+        """The last graph that this rank ran without asking the others: see zcompile.course."""
         self.order = Order()
         """Of transfers that no graph lists."""
         self._waits: dict[int, tuple[Site, float, Callable[[], Sequence[int]]]] = {}
@@ -172,6 +174,16 @@ class Watch:
         record, fresh = self._ask((rank,)).get(rank, (None, False))
         return record is None or fresh
 
+    @property
+    def exchanges(self) -> int:
+        """Exchanges of words so far: the same number on all ranks that come from one."""
+        return self._numbers["world", "agreement"]
+
+    def ahead(self, place: tuple[int, int]) -> list[int]:
+        """Ranks that ran the graph at `place` of the course without asking. Asks the store."""
+        found = self._board.again().records(range(self.world))
+        return [rank for rank, record in found.items() if tuple(record["went_on"]) >= place]
+
     def _ask(self, ranks: Sequence[int] | None = None) -> dict[int, tuple[dict[str, Any], bool]]:
         """Records, and whether each rank's heart has beaten in a look that takes a few beats."""
         board = self._board.again()
@@ -204,6 +216,7 @@ class Watch:
             "compiling": compat.compiling(),
             "answered": self._judging or self._asked > 0,
             "caught": self.caught,
+            "went_on": self.went_on,
         }
 
     def _serve(self) -> None:
