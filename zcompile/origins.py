@@ -30,7 +30,9 @@ class Origins:
             (message,) = message
         if not isinstance(message, Tensor) or not message.is_floating_point():
             return
-        total = message.detach().sum(dtype=torch.float32)
+        # bf16 reaches as far as fp32, and a sum in another dtype than its own is one of a copy: ten times as long.
+        own = message.dtype if message.dtype == torch.bfloat16 else torch.float32
+        total = message.detach().sum(dtype=own).to(torch.float32)
         have = self._sums.get(parameters)
         self._sums[parameters] = total if have is None else have.add_(total)  # what is no number stays none
 
