@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from zcompile.bench import network, report, systems
-from zcompile.bench.command import machine_rates, refusal
+from zcompile.bench.command import _flops, machine_rates, refusal
 from zcompile.bench.rank import exposed
 from zcompile.overlap import WAIT, from_events
 from zcompile.shapes import SHAPES, Decoder
@@ -186,8 +186,15 @@ def test_the_short_names_are_plans() -> None:
 
 
 def test_rates_are_a_ranks_share_of_a_link() -> None:
-    found = machine_rates(Topology.parse("2x2x2"), (400.0, 0.0))
+    found = machine_rates(Topology.parse("2x2x2"), (400.0, 0.0), "gpt-4m", 1)
     assert found["node"] == pytest.approx(400e6 / 8 / 2) and "cluster" not in found and found["flops"] > 0
+
+
+def test_the_rate_of_products_is_that_of_the_model_where_it_runs_outside_of_a_job(tmp_path: Any) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("def model():\n    raise RuntimeError('no process group')\n")
+    small, products = _flops("gpt-4m", 1), _flops(f"{file}:model", 1)
+    assert 0 < small < products, "a small model's step reaches a fraction of what one large product does"
 
 
 def test_waits_that_left_no_trace_are_unknown_and_not_zero() -> None:
