@@ -8,9 +8,10 @@ import contextlib
 import hashlib
 import json
 import time
+import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,19 +49,17 @@ class Exchange:
         head = [len(words), zlib.crc32(step.encode())]
         self._frame = agreement._launch(_padded(head + words[:_BODY], _FRAME))
 
-    def result(
-        self, timeout: float | None = None, patience: float = 0.0, meanwhile: Callable[[], None] | None = None
-    ) -> list[list[int]]:
+    def result(self, timeout: float | None = None, patience: float = 0.0) -> list[list[int]]:
         """The words of every rank, by rank. AgreementError if a rank is at another step, or after `timeout` seconds; `patience` seconds
-        while some rank compiles. `meanwhile` is called now and then by a wait that lasts, and may raise.
+        while some rank compiles.
         """
         if self._values is None:
-            self._values = self._take(timeout, patience, meanwhile)
+            self._values = self._take(timeout, patience)
         return self._values
 
-    def _take(self, timeout: float | None, patience: float, meanwhile: Callable[[], None] | None) -> list[list[int]]:
+    def _take(self, timeout: float | None, patience: float) -> list[list[int]]:
         agreement, step = self._agreement, self._step
-        frames = agreement._finish(self._frame, step, timeout, patience, meanwhile)
+        frames = agreement._finish(self._frame, step, timeout, patience)
         strangers = [rank for rank, frame in enumerate(frames) if frame[1] != zlib.crc32(step.encode())]
         if strangers:
             raise AgreementError(
@@ -93,20 +92,16 @@ class Agreement:
         self.world_size = world_size
         self.timeout = timeout
         self.watch = watch
+        self.asides: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Whose `aside(step)` is called now and then by an exchange that is waited for; it may raise AgreementError."""
 
     def exchange(
-        self,
-        words: list[int],
-        *,
-        step: str = "exchange",
-        timeout: float | None = None,
-        patience: float = 0.0,
-        meanwhile: Callable[[], None] | None = None,
+        self, words: list[int], *, step: str = "exchange", timeout: float | None = None, patience: float = 0.0
     ) -> list[list[int]]:
         """Every rank's `words` (int64, any number, it may differ between ranks), by rank. Raises after `timeout` seconds (None: those of
-        this object); while some rank compiles, after `patience`; what `meanwhile` raises, which is called while the wait lasts.
+        this object); while some rank compiles, after `patience`; and what one of `asides` raises.
         """
-        return self.launch(words, step=step).result(timeout, patience, meanwhile)
+        return self.launch(words, step=step).result(timeout, patience)
 
     def launch(self, words: list[int], *, step: str = "exchange") -> Exchange:
         """`exchange` without waiting."""
@@ -173,10 +168,9 @@ class Agreement:
         step: str,
         timeout: float | None,
         patience: float = 0.0,
-        meanwhile: Callable[[], None] | None = None,
     ) -> list[list[int]]:
         gathered, work = launched
-        self._wait(work, step, timeout, patience, meanwhile)
+        self._wait(work, step, timeout, patience)
         rows: list[list[int]] = gathered.view(self.world_size, -1).tolist()
         return rows
 
@@ -186,7 +180,6 @@ class Agreement:
         step: str,
         timeout: float | None,
         patience: float = 0.0,
-        meanwhile: Callable[[], None] | None = None,
     ) -> None:
         if work is None:
             return
@@ -196,7 +189,7 @@ class Agreement:
         error: Exception | str = f"no answer after {limit:g} s"
         with contextlib.nullcontext() if self.watch is None else self.watch.waiting(site):
             try:
-                while not poll(work, limit, self.watch, meanwhile):
+                while not poll(work, limit, self.watch, lambda: self._aside(step)):
                     if self.watch is None or time.monotonic() - start > patience:
                         break
                     if self.watch.excused():
@@ -216,9 +209,13 @@ class Agreement:
                 raise AgreementError(f"{what}; a rank is late, gone or at another step. torch said: {error}") from None
             closed = () if isinstance(error, str) else closed_members(self.group, site.members)
             fault = self.watch.lost(site, error, closed=closed, limit=limit, since=start)
-        if isinstance(error, AgreementError):  # of `meanwhile`: it knows more than that nobody answers
+        if isinstance(error, AgreementError):  # of `asides`, who know more than that nobody answers
             raise NoAnswer(f"{error}. {fault}", fault.verdict) from None
         raise NoAnswer(f"{what}. {fault}", fault.verdict) from None
+
+    def _aside(self, step: str) -> None:
+        for each in list(self.asides):
+            each.aside(step)
 
     @contextlib.contextmanager
     def lend(self, step: str) -> Iterator[dist.ProcessGroup | None]:

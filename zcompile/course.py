@@ -7,8 +7,9 @@ a graph that comes next in it runs unasked. At the first that does not (a graph 
 that follow in this step, the ranks ask.
 
 Note [Left behind]: a rank that is about to run something else than all agreed on asks, while the others, if they keep to the course, do not
-answer: they wait for its messages. It sees on the board that they went on, and raises; then its connections close, and they hear why.
-One that only compiles again, for shapes that it alone has, comes to an equal list, and asks nobody.
+answer: they wait for its messages. The same is true of one that leaves a graph out, and comes to the next exchange. Such a rank sees on the
+board that others went on without it, and raises; what it says is in the report that all ranks hear. One that only compiles again, for
+shapes that it alone has, comes to an equal list, and asks nobody.
 """
 
 from __future__ import annotations
@@ -39,49 +40,56 @@ class Course:
         self._ran: list[int] = []
         self._agreed: tuple[int, ...] | None = None
         """What all ranks expect from this forward on; None: they ask."""
+        self._left: tuple[int, ...] | None = None
+        """What they expected until this rank left it."""
         self._number = 0
+        self._program: Any = None
+        """The one that is asked for."""
+        self._next = 0.0
+        """When to look again."""
+        engine.runtime.agreement.asides.add(self)
 
     def word(self, phase: str) -> int:
         """For the exchange at the start of a forward: equal on ranks that expect the same; 0 for nothing."""
-        if self._phase:
-            self._last[self._phase], self._phase = tuple(self._ran), ""
-        expected = self._last.get(phase, ())
+        expected = self._last_of(phase)
         return int.from_bytes(hashlib.sha256(repr(expected).encode()).digest()[:7], "big") if expected else 0
+
+    def _last_of(self, phase: str) -> tuple[int, ...]:
+        return tuple(self._ran) if phase == self._phase else self._last.get(phase, ())
 
     def begin(self, phase: str, words: Sequence[int]) -> None:
         """A forward begins. words: every rank's `word` of this phase."""
         agreed = len(set(words)) == 1 and words[0] != 0
+        self._last[self._phase] = tuple(self._ran)
+        self._agreed, self._left = self._last_of(phase) if agreed else None, None
         self._phase, self._ran = phase, []
-        self._agreed = self._last[phase] if agreed else None
         watch = self._engine.runtime.watch
         self._number = 0 if watch is None else watch.exchanges
 
     def enter(self, program: Any) -> None:
         """Before a compiled graph runs. AgreementError unless every rank is about to run one with the same ordered collective list."""
-        place, agreed = len(self._ran), self._agreed
-        self._ran.append(program.identity)
-        expected = agreed is not None and agreed[place : place + 1] == (program.identity,)
-        if expected and not self._engine.launches.new:
-            watch = self._engine.runtime.watch
+        place, agreed, watch = len(self._ran), self._agreed, self._engine.runtime.watch
+        if agreed is not None and agreed[place : place + 1] == (program.identity,) and not self._engine.launches.new:
+            self._ran.append(program.identity)
             if watch is not None:
                 watch.went_on = (self._number, place)
             return
-        self._agreed = None
+        self._left, self._agreed, self._program = agreed or self._left, None, program
         try:
-            self._ask(
-                program, None if agreed is None else _LeftBehind(self._engine, program, (self._number, place), agreed)
-            )
+            self._ask(program)
         except AgreementError as error:
             self._engine.runtime.broke_off(error)
             raise
+        finally:
+            self._program = None
+        self._ran.append(program.identity)
+        self._left = None  # all have left it
 
-    def _ask(self, program: Any, left_behind: _LeftBehind | None) -> None:
+    def _ask(self, program: Any) -> None:
         engine = self._engine
         patience = engine.options.compile_timeout  # another rank may still be compiling
         words = [*engine.launches.words(), program.identity]
-        said = engine.runtime.agreement.exchange(
-            words, step=f"a {program.stage}", patience=patience, meanwhile=left_behind
-        )
+        said = engine.runtime.agreement.exchange(words, step=f"a {program.stage}", patience=patience)
         order, rows = engine.launches.split(said)
         engine.launches.check(order)
         if all(row[0] == program.identity for row in rows):
@@ -89,40 +97,36 @@ class Course:
         engine.runtime.agreement.compare(f"collectives of this {program.stage}", _listed(program))
         raise RuntimeError(f"zcompile: the ranks run different graphs ({program.name}), but their lists read the same")
 
-
-class _LeftBehind:
-    """Called again and again by a rank that asks where it may be that nobody answers: see Note [Left behind]."""
-
-    def __init__(self, engine: Engine, program: Any, place: tuple[int, int], agreed: tuple[int, ...]):
-        self._engine, self._program, self._place, self._agreed = engine, program, place, agreed
-        self._pause = LOOK * max(1.0, engine.runtime.topology.world_size / _WORLD)
-        self._next = time.monotonic() + self._pause
-
-    def __call__(self) -> None:
-        watch = self._engine.runtime.watch
-        if watch is None or time.monotonic() < self._next:
+    def aside(self, step: str) -> None:
+        """Called now and then while this rank waits in the exchange `step`. AgreementError if it is left behind: see Note [Left behind]."""
+        watch, now, place = self._engine.runtime.watch, time.monotonic(), len(self._ran)
+        expected = self._agreed or self._left
+        if watch is None or expected is None or place >= len(expected):  # nobody can be further
             return
-        ahead = watch.ahead(self._place)
-        self._next = time.monotonic() + self._pause
-        if ahead:
-            raise AgreementError(self._text(ahead[0]))
+        pause = LOOK * max(1.0, self._engine.runtime.topology.world_size / _WORLD)
+        if now - self._next > pause:  # a wait that has just begun
+            self._next = now + pause
+        elif now > self._next:
+            self._next = now + pause
+            ahead = watch.ahead(self._number, place)
+            if ahead:
+                raise AgreementError(self._text(ahead[0], step, expected[place]))
 
-    def _text(self, other: int) -> str:
-        program, place = self._program, self._place[1]
-        rank = self._engine.runtime.rank
-        identity = self._agreed[place] if place < len(self._agreed) else None
-        if identity == program.identity:
-            reason = "it launched transfers outside of compiled graphs that the others did not"
-        elif identity is None:
-            reason = f"{program.name} is one graph more than the last step ran"
+    def _text(self, other: int, step: str, identity: int) -> str:
+        rank, program = self._engine.runtime.rank, self._program
+        usual = next((p for p in reversed(self._engine.programs) if p.identity == identity), None)
+        stage = "graph" if usual is None else usual.stage
+        if program is None:
+            reason = f"rank {rank} has left out a {stage}, and is at `{step}`"
+        elif identity == program.identity:
+            reason = f"rank {rank} launched transfers outside of compiled graphs that the others did not"
         else:
-            usual = next((p for p in reversed(self._engine.programs) if p.identity == identity), None)
             found = None if usual is None else first_difference(_listed(usual), _listed(program))
-            path, left, right = found or ("", "another graph", program.name)
+            path, left, right = found or ("", f"another {stage}", program.name)
             reason = f"at `{path}` the others have {left}, rank {rank} has {right}"
         return (
-            f"ranks disagree on collectives of this {program.stage}: rank {rank} differs from rank {other}, which runs what all ran in the "
-            f"step before: {reason}"
+            f"ranks disagree on collectives of this {stage}: rank {rank} differs from rank {other}, which runs what all ran in the step "
+            f"before: {reason}"
         )
 
 

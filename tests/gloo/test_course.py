@@ -70,66 +70,77 @@ def test_a_graph_that_all_ranks_expect_is_not_asked_for(ranks: Ranks) -> None:
     assert all(other == first for other in others)
 
 
-def parted(rank: int, odd: int) -> None:
-    """Rank `odd` has two messages swapped in the fourth step, for which it compiles again."""
+def parted(rank: int, odd: int, how: str) -> None:
+    """In the fourth step rank `odd` has two messages swapped, for which it compiles again, or leaves the backward out."""
     watch.GRACE = 2.0  # of processes that end with this
     model, _ = wrapped()
-    for step in range(2):
-        model(batch(rank, step)).square().mean().backward()
-        model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     bucket, *rest = passes.LOWERED
-    with replaced(passes, "LOWERED", (bucket, SWAP, *rest) if rank == odd else passes.LOWERED):
-        for rows in (4, 6 if rank == odd else 4):
-            model(batch(rank, 3, rows)).square().mean().backward()
+    for step in range(4):
+        other = rank == odd and step == 3
+        swapped = (bucket, SWAP, *rest) if other and how == "swapped" else passes.LOWERED
+        with replaced(passes, "LOWERED", swapped):
+            loss = model(batch(rank, step, 6 if other else 4)).square().mean()
+            if not other or how == "swapped":
+                loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def test_fault_9_a_rank_that_leaves_the_course_says_so_and_the_others_hear_it(ranks: Ranks) -> None:
+@pytest.mark.parametrize("how", ["swapped", "no backward"])
+def test_fault_9_a_rank_that_leaves_the_course_says_so_and_the_others_hear_it(ranks: Ranks, how: str) -> None:
     with pytest.raises(RanksFailed) as caught:
-        ranks(4).run(parted, 2)
+        ranks(4).run(parted, 2, how)
     failures = caught.value.failures
-    said = failures[2].message
+    said, stage = failures[2].message, "forward" if how == "swapped" else "backward"
     assert failures[2].type == "NoAnswer", said
-    assert re.search(
-        r"ranks disagree on collectives of this forward: rank 2 differs from rank [013], which runs what all", said
-    )
-    assert "at `[1]" in said and "the others have" in said and "rank 2 has" in said, said
-    assert "blocks.0.up.weight, blocks.0.down.weight, at paper.py:" in said and "blocks.1.up.weight" in said, said
+    known = rf"ranks disagree on collectives of this {stage}: rank 2 differs from rank [013], which runs what all ran in the step before"
+    assert re.match(known, said), said
+    if how == "swapped":
+        assert "at `[1]" in said and "the others have" in said and "rank 2 has" in said, said
+        assert "blocks.0.up.weight, blocks.0.down.weight, at paper.py:" in said and "blocks.1.up.weight" in said, said
+    else:
+        assert "rank 2 has left out a backward, and is at `an optimizer's step`" in said, said
     for rank in (0, 1, 3):
         assert failures[rank].type in ("FaultError", "Died"), failures[rank]  # it raised, or its watch ended it
 
 
-# -- what a rank says that is left behind ------------------------------------------------------------------------------------------
+# -- who is left behind ------------------------------------------------------------------------------------------------------------
 
 
-def alone(ahead: list[int], agreed: tuple[int, ...], launched: bool = False) -> str:
-    """What a rank says whose second graph has identity 7 where `agreed` was expected, and `ahead` went on."""
+def alone(monkeypatch: pytest.MonkeyPatch, agreed: tuple[int, ...], launched: bool, ahead: list[int]) -> str:
+    """What a rank says whose second graph has identity 7 where `agreed` was expected, while others are `ahead`."""
+    clock = [100.0]
+    monkeypatch.setattr(course.time, "monotonic", lambda: clock[0])
     entry = SimpleNamespace(with_source=["gather of a"])
     program = SimpleNamespace(identity=7, stage="backward", name="backward 0", collectives=[entry])
     usual = SimpleNamespace(identity=8, stage="backward", name="backward 1", collectives=[])
     asked: list[tuple[int, int]] = []
 
-    def look(place: tuple[int, int]) -> list[int]:
-        asked.append(place)
+    def look(number: int, place: int) -> list[int]:
+        asked.append((number, place))
         return ahead
 
-    def exchange(words: list[int], meanwhile: Callable[[], None] | None = None, **rest: Any) -> list[list[int]]:
-        assert meanwhile is not None
-        meanwhile()  # too early to look
-        assert not asked
-        meanwhile._next = 0.0  # type: ignore[attr-defined]
-        meanwhile()
+    def exchange(words: list[int], **rest: Any) -> list[list[int]]:
+        for _ in range(3):
+            own.aside("a backward")
+            assert not asked, "too early"
+            clock[0] += course.LOOK / 3
+        clock[0] += course.LOOK / 2
+        own.aside("a backward")
         return [words] * 4
 
-    engine = SimpleNamespace(
+    engine: Any = SimpleNamespace(
         launches=SimpleNamespace(new=False, words=list, split=lambda rows: ([], rows), check=lambda order: None),
         options=SimpleNamespace(compile_timeout=1.0),
         programs=[usual, program],
         runtime=SimpleNamespace(
             rank=3, topology=SimpleNamespace(world_size=4), broke_off=lambda error: None,
-            watch=SimpleNamespace(exchanges=11, ahead=look, went_on=(0, 0)), agreement=SimpleNamespace(exchange=exchange),
+            watch=SimpleNamespace(exchanges=11, ahead=look, went_on=(0, 0)),
+            agreement=SimpleNamespace(exchange=exchange, asides=set()),
         ),
     )  # fmt: skip
-    own = course.Course(engine)  # type: ignore[arg-type]
+    own = course.Course(engine)
     own._last["sync"] = agreed
     own.begin("sync", [own.word("sync")] * 4)
     own.enter(SimpleNamespace(identity=1))
@@ -141,6 +152,7 @@ def alone(ahead: list[int], agreed: tuple[int, ...], launched: bool = False) -> 
         assert asked == [(11, 1)]
         return str(error)
     assert engine.runtime.watch.went_on == (11, 0), "it asked, so it did not go on unasked"
+    assert asked == ([(11, 1)] if len(agreed) > 1 else [])
     return ""
 
 
@@ -148,18 +160,36 @@ def alone(ahead: list[int], agreed: tuple[int, ...], launched: bool = False) -> 
     ("ahead", "agreed", "launched", "words"),
     [
         ([0, 1], (1, 8), False, "the others have"),
-        ([0], (1,), False, "backward 0 is one graph more than the last step ran"),
-        ([0], (1, 7), True, "it launched transfers outside of compiled graphs that the others did not"),
+        ([0, 1], (1, 9), False, "at `` the others have another graph, rank 3 has backward 0"),
+        ([0], (1, 7), True, "rank 3 launched transfers outside of compiled graphs that the others did not"),
         ([], (1, 8), False, ""),
+        ([0], (1,), False, ""),  # one graph more than expected: the others are done, and their next exchange says so
     ],
 )
 def test_who_is_left_behind_says_what_it_runs_instead(
-    ahead: list[int], agreed: tuple[int, ...], launched: bool, words: str
+    monkeypatch: pytest.MonkeyPatch, ahead: list[int], agreed: tuple[int, ...], launched: bool, words: str
 ) -> None:
-    said = alone(ahead, agreed, launched)
+    said = alone(monkeypatch, agreed, launched, ahead)
     assert words in said
     assert (said == "") == (words == "")
-    assert not said or said.startswith("ranks disagree on collectives of this backward: rank 3 differs from rank 0")
+    assert not said or re.match(
+        r"ranks disagree on collectives of this (backward|graph): rank 3 differs from rank 0", said
+    )
+
+
+def test_ahead_is_who_went_on_and_has_not_come_to_this_exchange() -> None:
+    def record(went_on: tuple[int, int], exchanges: int) -> dict[str, Any]:
+        return {"went_on": list(went_on), "exchanges": exchanges}
+
+    records = {
+        0: record((11, 1), 12),  # went on, and not come
+        1: record((11, 1), 13),  # has come, and gone on then
+        2: record((11, 0), 12),  # still before
+        3: record((12, 5), 12),  # in another model's course
+    }
+    board = SimpleNamespace(records=lambda ranks: records)
+    own: Any = SimpleNamespace(_board=SimpleNamespace(again=lambda: board), world=4, exchanges=13)
+    assert watch.Watch.ahead(own, 11, 1) == [0]
 
 
 def test_who_expects_what_is_no_matter_where_ranks_expect_other_things(ranks: Ranks) -> None:

@@ -68,7 +68,7 @@ class Watch:
         self._numbers: collections.Counter[tuple[str, str]] = collections.Counter()
         self._order = 0
         self.went_on: tuple[int, int] = (0, 0)
-        """The last graph that this rank ran without asking the others: see zcompile.course."""
+        """(course, place in it) of the last graph that this rank ran without asking the others: see zcompile.course."""
         self.order = Order()
         """Of transfers that no graph lists."""
         self._waits: dict[int, tuple[Site, float, Callable[[], Sequence[int]]]] = {}
@@ -179,10 +179,15 @@ class Watch:
         """Exchanges of words so far: the same number on all ranks that come from one."""
         return self._numbers["world", "agreement"]
 
-    def ahead(self, place: tuple[int, int]) -> list[int]:
-        """Ranks that ran the graph at `place` of the course without asking. Asks the store."""
+    def ahead(self, number: int, place: int) -> list[int]:
+        """Ranks that ran the graph at `place` of course `number` unasked, and have not come to the exchange that this rank is in. Asks the
+        store."""
         found = self._board.again().records(range(self.world))
-        return [rank for rank, record in found.items() if tuple(record["went_on"]) >= place]
+        return [
+            rank
+            for rank, record in found.items()
+            if record["went_on"][0] == number and record["went_on"][1] >= place and record["exchanges"] < self.exchanges
+        ]
 
     def _ask(self, ranks: Sequence[int] | None = None) -> dict[int, tuple[dict[str, Any], bool]]:
         """Records, and whether each rank's heart has beaten in a look that takes a few beats."""
@@ -217,6 +222,7 @@ class Watch:
             "answered": self._judging or self._asked > 0,
             "caught": self.caught,
             "went_on": self.went_on,
+            "exchanges": self.exchanges,  # read after `went_on`: who has come to an exchange and went on then has both
         }
 
     def _serve(self) -> None:
