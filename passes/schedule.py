@@ -31,10 +31,11 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from zcompile.passes import in_flight
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import COLLECTIVES, PEER_GATHER, REFRESH, TRAFFIC, WAIT, arrange, collective_of, find
+from zcompile.passes.nodes import COLLECTIVES, PEER_GATHER, REFRESH, TRAFFIC, WAIT, arrange, collective_of
 from zcompile.passes.work import weights_at_work
-from zcompile.times import Lanes, hop_seconds, is_free, node_seconds, roofline, value_bytes
+from zcompile.times import Lanes, hop_seconds, is_free, node_seconds, roofline
 
 NAME = "schedule"
 
@@ -69,61 +70,13 @@ def check(gm: GraphModule, context: Context) -> None:
     if not context.overlap:
         return
     gm.graph.lint()
-    flying = in_flight(gm)
+    flying = in_flight.hops(gm)
     limit = 2 * (context.overlap + 1)  # gathers and reductions, one hop of each bucket
     if max(flying, default=0) > limit:
         raise AssertionError(f"{max(flying)} hops in flight at once; with overlap {context.overlap}: at most {limit}")
-    most = max((amount for buckets, amount in bytes_in_flight(gm) if buckets > 1), default=0)
+    most = max((amount for buckets, amount in in_flight.held_bytes(gm) if buckets > 1), default=0)
     if context.memory and most > context.memory:
         raise AssertionError(f"{most} bytes in flight at once; with memory {context.memory}")
-
-
-def in_flight(gm: GraphModule) -> list[int]:
-    """After each collective's launch: how many have been launched and not been waited for."""
-    found, open_ = [], 0
-    for node in find(gm.graph, *COLLECTIVES, WAIT):
-        if node.target in COLLECTIVES:
-            open_ += 1
-            found.append(open_)
-        elif node.args[0].target in COLLECTIVES:  # type: ignore[union-attr, operator]
-            open_ -= 1
-    return found
-
-
-def bytes_in_flight(gm: GraphModule) -> list[tuple[int, int]]:
-    """At each collective's launch: buckets of its direction (gathers, reductions) between their first launch and their last wait, and
-    the bytes that these hold.
-    """
-    size: dict[tuple[bool, tuple[str, ...]], int] = {}
-    last: dict[tuple[bool, tuple[str, ...]], Node] = {}
-    hops = find(gm.graph, *COLLECTIVES, WAIT)
-    for node in hops:
-        if node.target in COLLECTIVES:
-            key = _bucket(node)
-            size[key] = max(size.get(key, 0), held(node, copy=key[0] and key not in size))
-            last[key] = next(user for user in node.users if user.target is WAIT)
-    found, open_ = [], set()
-    for node in hops:
-        if node.target in COLLECTIVES:
-            key = _bucket(node)
-            open_.add(key)
-            beside = [size[each] for each in open_ if each[0] == key[0]]
-            found.append((len(beside), sum(beside)))
-        else:
-            open_ -= {key for key, wait in last.items() if wait is node}
-    return found
-
-
-def _bucket(launch: Node) -> tuple[bool, tuple[str, ...]]:
-    """Whether it is gathered, and its parameters."""
-    entry = collective_of(launch)
-    return entry.transfer == "gather", entry.parameters
-
-
-def held(launch: Node, *, copy: bool = False) -> int:
-    """Bytes that a hop under way keeps: what it receives and, unless that is a copy of weights, which is there anyway, what it sends."""
-    sent = 0 if copy else sum(value_bytes(node.meta.get("val")) for node in launch.all_input_nodes)
-    return sent + value_bytes(launch.meta.get("val"))
 
 
 @dataclass
@@ -148,7 +101,7 @@ class _Chain:
         for node in nodes:
             self.stages[-1].append(node)
             if node.target in COLLECTIVES:
-                self.size = max(self.size, held(node, copy=len(self.stages) == 1))
+                self.size = max(self.size, in_flight.held(node, copy=len(self.stages) == 1))
                 self.stages.append([])
 
     @property
@@ -367,7 +320,7 @@ class _Schedule:
             starts = node.target in COLLECTIVES and collective_of(node).transfer != "gather" and not before
             if starts:
                 bucket[node], stage[node] = len(found), 0
-                found.append(_Chain(self.at[node], [[node], []], held(node)))
+                found.append(_Chain(self.at[node], [[node], []], in_flight.held(node)))
             elif before and node.op != "output":
                 number = bucket[node] = max(bucket[arg] for arg in before)
                 stage[node] = max(stage[arg] + (arg.target in COLLECTIVES) for arg in before)

@@ -9,7 +9,7 @@ from support.graphs import Hand, targets, unit
 from torch.fx import Node
 
 from zcompile import cost
-from zcompile.passes import LOWERED, schedule
+from zcompile.passes import LOWERED, in_flight, schedule
 from zcompile.passes.nodes import COLLECTIVES, WAIT, aten, collective_of
 from zcompile.passes.work import weights_at_work
 from zcompile.simulator import Noise, Player, Refresh
@@ -148,18 +148,18 @@ def test_where_too_many_are_in_flight_the_first_to_arrive_is_waited_for(overlap:
 @pytest.mark.parametrize("buckets", [1, 2, 3])
 def test_memory_bounds_what_is_in_flight_in_bytes(buckets: int) -> None:
     weight = 64 * 64 * 4
-    alone = max(amount for _, amount in schedule.bytes_in_flight(layers(0, three=True).gm))
+    alone = max(amount for _, amount in in_flight.held_bytes(layers(0, three=True).gm))
     assert alone == weight * 3 // 2, "over the last level it sends half of the weight, and receives it whole"
-    assert max(amount for _, amount in schedule.bytes_in_flight(layers(0).gm)) == weight, "a copy is there anyway"
-    sums = max(amount for _, amount in schedule.bytes_in_flight(gradients(0).gm))
+    assert max(amount for _, amount in in_flight.held_bytes(layers(0).gm)) == weight, "a copy is there anyway"
+    sums = max(amount for _, amount in in_flight.held_bytes(gradients(0).gm))
     assert sums == 2 * weight, "a reduction keeps what it sends until it has arrived"
     for make, one in (
         (lambda memory: layers(4, three=True, balance=LONG, memory=memory), alone),
         (lambda memory: gradients(4, balance=SHORT, memory=memory), sums),
     ):
         for memory in (one * buckets, one * (buckets + 1) - 1):
-            assert max(schedule.bytes_in_flight(make(memory).gm)) == (buckets, one * buckets)
-        assert max(schedule.bytes_in_flight(make(0).gm))[0] > 3, "no bound"
+            assert max(in_flight.held_bytes(make(memory).gm)) == (buckets, one * buckets)
+        assert max(in_flight.held_bytes(make(0).gm))[0] > 3, "no bound"
 
 
 def test_a_bucket_alone_is_always_allowed() -> None:
@@ -209,7 +209,7 @@ def test_more_buckets_than_there_are_is_all_of_them() -> None:
 
 @pytest.mark.parametrize("depth", [4, 8, 16])
 def test_invariant_7_what_is_in_flight_does_not_grow_with_depth(depth: int) -> None:
-    assert max(schedule.in_flight(layers(2, depth=depth, three=True).gm)) == 3
+    assert max(in_flight.hops(layers(2, depth=depth, three=True).gm)) == 3
 
 
 def test_the_contract_sees_too_much_in_flight() -> None:
