@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zcompile import kernel_bench
-from zcompile.kernels import cpu, reference
+from zcompile.kernels import cpu, cpu_build, reference
 from zcompile.kernels.code import Code
 from zcompile.kernels.geometry import Geometry, Piece
 
@@ -455,7 +455,7 @@ def test_threads_may_call_at_once() -> None:
 @pytest.fixture
 def built() -> Path:
     """The library of this machine; to be asked for before `unbuilt`."""
-    return cpu.build()
+    return cpu_build.build()
 
 
 @pytest.fixture
@@ -511,13 +511,13 @@ def test_the_first_of_the_usual_compilers_is_used(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"g\+\+, c\+\+ and clang\+\+ not found"):
-        cpu.build()
+        cpu_build.build()
     script(tmp_path / "clang++", "")
-    assert cpu._compiler() == [str(tmp_path / "clang++")]
+    assert cpu_build._compiler() == [str(tmp_path / "clang++")]
     script(tmp_path / "g++", "")
-    assert cpu._compiler() == [str(tmp_path / "g++")]
+    assert cpu_build._compiler() == [str(tmp_path / "g++")]
     monkeypatch.setenv("CXX", f"{tmp_path / 'clang++'} -stdlib=libc++")
-    assert cpu._compiler() == [str(tmp_path / "clang++"), "-stdlib=libc++"]
+    assert cpu_build._compiler() == [str(tmp_path / "clang++"), "-stdlib=libc++"]
 
 
 def test_a_compiler_that_does_not_know_march_native_is_asked_again(
@@ -525,30 +525,30 @@ def test_a_compiler_that_does_not_know_march_native_is_asked_again(
 ) -> None:
     text = 'case "$*" in *=native*) exit 1;; *--version*) exit 0;; esac\nfor last; do :; done; echo built > "$last"'
     monkeypatch.setenv("CXX", script(tmp_path / "plain", text))
-    target = cpu.build()
+    target = cpu_build.build()
     assert target.read_text() == "built\n" and target.parent == unbuilt
 
 
 def test_the_key_changes_with_the_compiler_and_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     old, new = (script(tmp_path / name, f"echo {name}") for name in ("old", "new"))
-    keys = [cpu._key([old]), cpu._key([new]), cpu._key([old, "-m32"])]
+    keys = [cpu_build._key([old]), cpu_build._key([new]), cpu_build._key([old, "-m32"])]
     source = tmp_path / "cpu.cpp"
-    source.write_text(cpu.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(cpu, "SOURCE", source)
-    keys.append(cpu._key([old]))
-    monkeypatch.setattr(cpu, "_cpu", lambda: ["another model"])
-    keys.append(cpu._key([old]))
+    source.write_text(cpu_build.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(cpu_build, "SOURCE", source)
+    keys.append(cpu_build._key([old]))
+    monkeypatch.setattr(cpu_build, "_cpu", lambda: ["another model"])
+    keys.append(cpu_build._key([old]))
     assert len(set(keys)) == 5
 
 
 def test_the_cache_is_private_where_inductor_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setattr(cpu.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = cpu._folder()
+    monkeypatch.setattr(cpu_build.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = cpu_build._folder()
     assert folder.parent == tmp_path and folder.stat().st_mode & 0o077 == 0
-    assert cpu._folder() == folder
+    assert cpu_build._folder() == folder
     folder.chmod(0o777)  # others may have put a library there
-    other = cpu._folder()
+    other = cpu_build._folder()
     assert other != folder
     shutil.rmtree(other)
 
@@ -588,15 +588,15 @@ def test_a_build_that_never_ends_is_not_waited_for(
     unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     built = tmp_path / "built.so"
-    shutil.copy(cpu.SOURCE, built)
+    shutil.copy(cpu_build.SOURCE, built)
     text = f'case "$*" in *--version*) exit 0;; esac\nfor last; do :; done; cp {built} "$last"'
     monkeypatch.setenv("CXX", script(tmp_path / "copy", text))
-    monkeypatch.setattr(cpu, "PATIENCE", 0.2)
+    monkeypatch.setattr(cpu_build, "PATIENCE", 0.2)
     unbuilt.mkdir()
-    lock = unbuilt / f"cpu-{cpu._key(cpu._compiler())}.lock"
+    lock = unbuilt / f"cpu-{cpu_build._key(cpu_build._compiler())}.lock"
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert cpu.build().exists()
+        assert cpu_build.build().exists()
 
 
 # ---- the benchmark
