@@ -61,7 +61,10 @@ def norms(rank: int, topology: str, plan: str) -> None:
         assert type(found) is float and found == pytest.approx(expected, rel=1e-6)
         for mine, other in zip(model.parameters(), dense.parameters(), strict=True):
             if other.grad is not None and mine.grad is not None:
-                torch.testing.assert_close(mine.grad.full_tensor(), other.grad, rtol=2e-6, atol=1e-9)
+                # Two orders of summing at most 8 ranks' gradients, each rounded once a term, of terms that may cancel: what is lost is
+                # in proportion to the terms, not to their sum.
+                lost = 2 * 8 * torch.finfo(torch.float32).eps * float(other.grad.abs().max())
+                torch.testing.assert_close(mine.grad.full_tensor(), other.grad, rtol=2e-6, atol=lost)
         if found <= limit:
             kept = [p.grad.to_local() for p in model.parameters() if p.grad is not None]
             assert all(torch.equal(a, b) for a, b in zip(kept, [c for c in copies if c is not None], strict=True))
