@@ -163,24 +163,14 @@ class Agreement:
         return gathered, dist.all_to_all_single(gathered, mine.repeat(self.world_size), group=self.group, async_op=True)
 
     def _finish(
-        self,
-        launched: tuple[torch.Tensor, dist.Work | None],
-        step: str,
-        timeout: float | None,
-        patience: float = 0.0,
+        self, launched: tuple[torch.Tensor, dist.Work | None], step: str, timeout: float | None, patience: float = 0.0
     ) -> list[list[int]]:
         gathered, work = launched
         self._wait(work, step, timeout, patience)
         rows: list[list[int]] = gathered.view(self.world_size, -1).tolist()
         return rows
 
-    def _wait(
-        self,
-        work: dist.Work | None,
-        step: str,
-        timeout: float | None,
-        patience: float = 0.0,
-    ) -> None:
+    def _wait(self, work: dist.Work | None, step: str, timeout: float | None, patience: float = 0.0) -> None:
         if work is None:
             return
         limit = self.timeout if timeout is None else timeout
@@ -208,10 +198,9 @@ class Agreement:
             if self.watch is None or self.group is None:
                 raise AgreementError(f"{what}; a rank is late, gone or at another step. torch said: {error}") from None
             closed = () if isinstance(error, str) else closed_members(self.group, site.members)
-            fault = self.watch.lost(site, error, closed=closed, limit=limit, since=start)
-        if isinstance(error, AgreementError):  # of `asides`, who know more than that nobody answers
-            raise NoAnswer(f"{error}. {fault}", fault.verdict) from None
-        raise NoAnswer(f"{what}. {fault}", fault.verdict) from None
+            ours = isinstance(error, AgreementError)  # of `asides`, who know more than that nobody answers
+            fault = self.watch.lost(site, error, closed=closed, limit=limit, since=start, ours=ours)
+        raise NoAnswer(f"{error if ours else what}. {fault}", fault.verdict) from None
 
     def _aside(self, step: str) -> None:
         for each in list(self.asides):

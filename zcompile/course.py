@@ -40,8 +40,6 @@ class Course:
         self._ran: list[int] = []
         self._agreed: tuple[int, ...] | None = None
         """What all ranks expect from this forward on; None: they ask."""
-        self._left: tuple[int, ...] | None = None
-        """What they expected until this rank left it."""
         self._number = 0
         self._program: Any = None
         """The one that is asked for."""
@@ -61,7 +59,7 @@ class Course:
         """A forward begins. words: every rank's `word` of this phase."""
         agreed = len(set(words)) == 1 and words[0] != 0
         self._last[self._phase] = tuple(self._ran)
-        self._agreed, self._left = self._last_of(phase) if agreed else None, None
+        self._agreed = self._last_of(phase) if agreed else None
         self._phase, self._ran = phase, []
         watch = self._engine.runtime.watch
         self._number = 0 if watch is None else watch.exchanges
@@ -74,16 +72,12 @@ class Course:
             if watch is not None:
                 watch.went_on = (self._number, place)
             return
-        self._left, self._agreed, self._program = agreed or self._left, None, program
+        self._program = program
         try:
             self._ask(program)
-        except AgreementError as error:
-            self._engine.runtime.broke_off(error)
-            raise
         finally:
-            self._program = None
+            self._program = self._agreed = None  # all have left the course
         self._ran.append(program.identity)
-        self._left = None  # all have left it
 
     def _ask(self, program: Any) -> None:
         engine = self._engine
@@ -99,8 +93,7 @@ class Course:
 
     def aside(self, step: str) -> None:
         """Called now and then while this rank waits in the exchange `step`. AgreementError if it is left behind: see Note [Left behind]."""
-        watch, now, place = self._engine.runtime.watch, time.monotonic(), len(self._ran)
-        expected = self._agreed or self._left
+        watch, now, place, expected = self._engine.runtime.watch, time.monotonic(), len(self._ran), self._agreed
         if watch is None or expected is None or place >= len(expected):  # nobody can be further
             return
         pause = LOOK * max(1.0, self._engine.runtime.topology.world_size / _WORLD)

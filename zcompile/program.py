@@ -62,14 +62,14 @@ class Program:
     def __call__(self, inputs: list[Any]) -> Any:
         engine = self._engine()
         assert engine is not None
-        engine.course.enter(self)
-        self.runs += 1
-        engine.traffic.program(self)
-        if self.stage != "backward":
-            engine.reads.compiled |= self.reads
-        engine.running = self
-        spans = record_function(f"zc {self.name}") if profiling() else contextlib.nullcontext()
         try:
+            engine.course.enter(self)
+            self.runs += 1
+            engine.traffic.program(self)
+            if self.stage != "backward":
+                engine.reads.compiled |= self.reads
+            engine.running = self
+            spans = record_function(f"zc {self.name}") if profiling() else contextlib.nullcontext()
             with about(Listed(self.name, self.collectives)), spans:
                 out = self._code(inputs)
         except Exception as error:  # of a backward nobody else hears

@@ -135,7 +135,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, agreed: tuple[int, ...], launched: bo
         options=SimpleNamespace(compile_timeout=1.0),
         programs=[usual, program],
         runtime=SimpleNamespace(
-            rank=3, topology=SimpleNamespace(world_size=4), broke_off=lambda error: None,
+            rank=3, topology=SimpleNamespace(world_size=4),
             watch=SimpleNamespace(exchanges=11, ahead=look, went_on=(0, 0)),
             agreement=SimpleNamespace(exchange=exchange, asides=set()),
         ),

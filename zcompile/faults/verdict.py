@@ -28,7 +28,7 @@ class Trouble:
         site, key, order, level, transfer, op, parameters, source: the collective: see zcompile.faults.sites.Site.
         missing: ranks whose part had not come; () where the backend does not tell.
         closed: of them, those whose connection is closed.
-        error: what the backend said.
+        error: what the backend said; `ours`: what that rank itself found out.
     """
 
     rank: int
@@ -45,6 +45,7 @@ class Trouble:
     missing: tuple[int, ...] = ()
     closed: tuple[int, ...] = ()
     error: str = ""
+    ours: bool = False
 
     @classmethod
     def of(cls, rank: int, site: Site, **more: Any) -> Trouble:
@@ -95,10 +96,8 @@ class Verdict:
             *(f"  {line}" for line in self.details),
         ]
         if t.error:
-            known = t.error.startswith("ranks disagree")  # ours: see zcompile.course
-            lines.append(
-                f"  {'which says' if known else 'torch said'} {t.error.splitlines()[0][: 600 if known else 200]}"
-            )
+            said = t.error.splitlines()[0]
+            lines.append(f"  which says {said[:600]}" if t.ours else f"  torch said {said[:200]}")
         lines += [
             f"  others     {line}" if number == 0 else f"             {line}" for number, line in enumerate(self.others)
         ]

@@ -136,12 +136,13 @@ class Watch:
             raise self._error(self.verdict)
 
     def lost(self, site: Site, error: BaseException | str, *, missing: Sequence[int] = (), closed: Sequence[int] = (),
-             limit: float | None = None, since: float | None = None) -> FaultError:  # fmt: skip
+             limit: float | None = None, since: float | None = None, ours: bool = False) -> FaultError:  # fmt: skip
         """A wait for `site` failed or took too long. Asks the other ranks, and returns what to raise.
 
         Args:
             missing: ranks whose part did not come, as far as known; closed: those whose connection is closed.
             limit: seconds that it might take; since: when the wait began, as of time.monotonic.
+            ours: `error` is not the backend's but what this rank found out.
         """
         if since is None:
             since = self._waits.get(threading.get_ident(), (site, time.monotonic(), tuple))[1]
@@ -149,7 +150,7 @@ class Watch:
             if self._trouble is None:
                 self._trouble = Trouble.of(
                     self.rank, site, waited=time.monotonic() - since, limit=limit or self.timeout, missing=tuple(missing),
-                    closed=tuple(closed), error=str(error),
+                    closed=tuple(closed), error=str(error), ours=ours,
                 )  # fmt: skip
         self._wake.set()
         if not self._decided.wait(self.answers + 2 * SETTLE + 5) and self.verdict is None:
