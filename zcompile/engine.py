@@ -22,14 +22,14 @@ from zcompile.call import Call, Window
 from zcompile.course import Course
 from zcompile.covered import Reads
 from zcompile.eager import keep_wholes_out
-from zcompile.faults.checksums import ChecksumError, checksum
 from zcompile.launches import Launches
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC
 from zcompile.origins import Origins
-from zcompile.params import MASTER, Slot, Unit, build
+from zcompile.params import MASTER, Slot, build
 from zcompile.refresh import Refresher
 from zcompile.resolved import ResolvedPlan
 from zcompile.runtime import Runtime
+from zcompile.sums import Sums
 from zcompile.traffic import Traffic
 from zcompile.writes import watch
 
@@ -134,8 +134,7 @@ class Engine:
         """What zcompile.explain shows: the last compilations, by number."""
         self.graphs: list[tuple[str, Any]] | None = None
         """(stage, lowered graph) of what is compiled; kept where somebody put a list here (zcompile.planner.traced)."""
-        self._checksums: dict[Unit, Tensor] = {}
-        self._copy_sums: dict[Unit, Tensor] = {}
+        self.sums = Sums(self)
         self.origins = Origins()
         self.stepped = False
         """Whether an optimizer has stepped since the last backward began."""
@@ -174,8 +173,8 @@ class Engine:
         refusal: Exception | None = None
         try:
             self._check_unchanged()
-            self._check_written()
-            self._check_copies()
+            self.sums.check_masters()
+            self.sums.check_copies()
         except Exception as error:  # raised after the others were told, who would wait for this rank otherwise
             refusal = error
         flags = [unit.stale for unit in self.units] + [unit.wants_full for unit in self.units]
@@ -186,8 +185,7 @@ class Engine:
         old = [unit for unit, is_old in zip(self.units, agreed, strict=False) if is_old]
         full = {unit for unit, wanted in zip(self.units, agreed[len(self.units) :], strict=True) if wanted}
         self.refresher.launch(old, full)
-        for unit in old:
-            self._copy_sums.pop(unit, None)
+        self.sums.refreshed(old)
         self.traffic.refreshed(old, full)
         self._check_fresh()
         # Of the forward before: one that is compiled as a whole has nothing to keep out, and no hook to pay for.
@@ -223,7 +221,7 @@ class Engine:
         for slot in self.slots:
             slot.leaf = slot.token = slot.main = None
         self.refresher.drain()
-        self._sum_copies()
+        self.sums.note_copies()
         self.traffic.stop()
 
     def broke_off(self, before: _Before, error: BaseException) -> None:
@@ -283,41 +281,6 @@ class Engine:
         """The masters were written in a way torch does not count (`p.data`, another library): the next forward refreshes."""
         for unit in self.units:
             unit.writes += 1
-
-    def _check_written(self) -> None:
-        """Option checks=True: a write that moved no version counter is found by the masters' checksums, and is an error."""
-        if not self.options.checks:
-            return
-        for unit in self.units:
-            now = checksum(unit.master)
-            if (
-                not unit.stale
-                and unit.cached
-                and unit in self._checksums
-                and not torch.equal(now, self._checksums[unit])
-            ):
-                names = ", ".join(slot.name for slot in unit.slots)
-                raise RuntimeError(
-                    f"zcompile: the masters of {names} changed without torch seeing it (a write through `.data`?): the compute copies "
-                    "are stale. Call zcompile.mark_written(model) after such a write."
-                )
-            self._checksums[unit] = now
-
-    def _sum_copies(self) -> None:
-        """Option checks="checksums": what a refresh has written, for `_check_copies`."""
-        if self.options.checks == "checksums":
-            for unit in self.units:
-                if unit.cached and unit not in self._copy_sums:
-                    self._copy_sums[unit] = checksum(unit.copy)
-
-    def _check_copies(self) -> None:
-        for unit, then in self._copy_sums.items():
-            if self.options.checks == "checksums" and not torch.equal(checksum(unit.copy), then):
-                names = ", ".join(slot.name for slot in unit.slots)
-                raise ChecksumError(
-                    f"zcompile: rank {self.runtime.rank}: the compute copy of {names} is not what its refresh wrote: bits changed in this "
-                    "rank's memory"
-                )
 
     def _check_fresh(self) -> None:
         """Every refresh that was needed has been launched: no gather reads an old copy."""
