@@ -15,6 +15,7 @@ from torch import Tensor
 from zcompile.kernels import blocks
 from zcompile.kernels.code import Code
 from zcompile.kernels.geometry import Geometry
+from zcompile.kernels.triton_nibbles import requantize_words_kernel
 from zcompile.kernels.triton_quantize import (
     dequantize_kernel,
     peer_gather_kernel,
@@ -164,9 +165,12 @@ def requantize(message: Tensor, parts: int, out: Tensor, geometry: Geometry, cod
         **_parts(parts, geometry, code),
     }  # fmt: skip
     constants = {
-        "PARTS": _unrolled(parts), **_from(code), "OUT_KIND": into.kind, "OUT_SCALE": into.scale,
-        "STOCHASTIC": into.rounding == "stochastic", **_shape(code),
+        "PARTS": _unrolled(parts), "SCALE": code.scale, "OUT_SCALE": into.scale, "STOCHASTIC": into.rounding == "stochastic",
+        **_shape(code),
     }  # fmt: skip
+    if code.kind == into.kind == "int4":
+        return Call(requantize_words_kernel, len(table), arguments, constants, _FEW)
+    constants |= {"KIND": code.kind, "OUT_KIND": into.kind}
     # Where arithmetic is the limit, fewer lanes with more values each, as in quantising; else they take too many registers.
     return Call(
         requantize_kernel, len(table), arguments, constants, _FEW if code.kind == "int4" or parts <= 4 else _MANY

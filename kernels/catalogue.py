@@ -283,6 +283,9 @@ def _variants() -> Iterator[Variant]:
         for other in (Code(kind, 32, "fp32"), Code(kind, 2048)):
             yield named("quantize bf16", other, quantize_case, other, flat(other.block), bf16)
             yield named("dequantize bf16", other, dequantize_case, other, flat(other.block), bf16)
+    few = Code("int4", 128)
+    yield named("requantize 4", few, requantize_case, few, few, flat(few.block), parts=4)
+    yield named("requantize loop", few, requantize_case, few, few, flat(few.block), parts=17)
     mixed = Code("int8"), Code("int4", rounding="stochastic")
     yield Variant(
         "requantize 2 int8 to int4/stochastic",

@@ -78,9 +78,8 @@ def magnitude(x):
 
 
 @triton.jit
-def block_scale(x0, x1, KIND: tl.constexpr, SCALE: tl.constexpr):
-    """Halves [R, H] fp32 -> (scales as they are stored, uint16 or uint32 [R]; 1 / scale or 0, fp32 [R]; is it a good block [R])."""
-    largest = tl.maximum(tl.max(magnitude(x0), axis=1), tl.max(magnitude(x1), axis=1))
+def scale_of(largest, KIND: tl.constexpr, SCALE: tl.constexpr):
+    """Largest magnitudes [R] -> (scales as they are stored, uint16 or uint32 [R]; 1 / scale or 0, fp32 [R]; is it a good block [R])."""
     finite = largest < FINITE
     good = finite & (largest >= SMALL)
     amax = tl.where(good, largest, FINITE - (1 << 23)).to(tl.float32, bitcast=True)
@@ -150,7 +149,8 @@ def to_fp8(x, KIND: tl.constexpr):
 @triton.jit
 def encode(x0, x1, H: tl.constexpr, KIND: tl.constexpr, SCALE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Halves [R, H] fp32 -> (codes of both halves, uint8 [R, H], the same one twice for int4; scales as they are stored [R])."""
-    scales, inverse, good = block_scale(x0, x1, KIND, SCALE)
+    largest = tl.maximum(tl.max(magnitude(x0), axis=1), tl.max(magnitude(x1), axis=1))
+    scales, inverse, good = scale_of(largest, KIND, SCALE)
     # Not `x * 0` for a block that is not good: a NaN must not reach the codes.
     y0 = tl.where(good[:, None], x0 * inverse[:, None], 0.0)
     y1 = tl.where(good[:, None], x1 * inverse[:, None], 0.0)

@@ -126,12 +126,19 @@ def store_record(
 ):
     """Codes, scales and, as scales of blocks of zeros, the padding."""
     base = message + tl.multiple_of(tl.load(tile + CODES), 16)
-    row = tl.arange(0, ROWS)
-    mask = row[:, None] < tl.load(tile + BLOCKS)
+    row = tl.arange(0, ROWS)[:, None]
+    mask = row < tl.load(tile + BLOCKS)
     if KIND == "int4":
-        tl.store(base + (row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]), c0, mask=mask)
+        tl.store(base + (row * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]), c0, mask=mask)
     else:
-        at = row[:, None] * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
+        at = row * BLOCK + tl.arange(0, BLOCK // 2)[None, :]
         tl.store(base + at, c0, mask=mask)
         tl.store(base + (at + BLOCK // 2), c1, mask=mask)
+    store_scales(message, tile, scales, ROWS, SCALE)
+
+
+@triton.jit
+def store_scales(message, tile, scales, ROWS: tl.constexpr, SCALE: tl.constexpr):
+    """Those of the blocks, and of the padding."""
+    row = tl.arange(0, ROWS)
     tl.store(scale_pointer(message, tl.load(tile + SCALES), SCALE) + row, scales, mask=row < tl.load(tile + SLOTS))

@@ -72,6 +72,13 @@ MORE: dict[str, Callable[[str], Case]] = {
     "int4/64 to int8/64/fp32, 5 parts": lambda arch: requantize_case(
         Code("int4", 64), Code("int8", 64, "fp32"), flat(64), arch, parts=5, seed=9
     ),
+    "int4/32/fp32 to int4/32/stochastic, 3 parts": lambda arch: requantize_case(
+        Code("int4", 32, "fp32"), Code("int4", 32, rounding="stochastic"), flat(32), arch, parts=3, seed=10
+    ),
+    "int4/2048 to int4/2048/fp32, one part": lambda arch: requantize_case(
+        Code("int4", 2048), Code("int4", 2048, "fp32"), flat(2048, rows=1), arch, parts=1, seed=11
+    ),
+    "int4/128, 17 parts": lambda arch: requantize_case(Code("int4", 128), Code("int4", 128), flat(128, rows=1), arch, parts=17, seed=12),
 }  # fmt: skip
 
 
@@ -86,8 +93,11 @@ def shuffled(seed: int) -> list[str]:
     for code in (Code("int8"), Code("int4"), Code("int8", rounding="stochastic"), Code("int4", scale="fp32")):
         found.append(execute(quantize_case(code, rows, FP32, "gfx90a", seed=seed), "gfx90a", seed=seed))
     found.append(execute(dequantize_case(Code("int8"), rows, BF16, "gfx90a", seed=seed), "gfx90a"))
-    case = requantize_case(Code("int8"), Code("int4"), rows, "gfx90a", parts=2, seed=seed)
-    return [*found, execute(case, "gfx90a", seed=seed)]
+    for code in (Code("int8"), Code("int4")):
+        found.append(
+            execute(requantize_case(code, Code("int4"), rows, "gfx90a", parts=2, seed=seed), "gfx90a", seed=seed)
+        )
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +108,7 @@ def places(request: pytest.FixtureRequest) -> dict[int, list[str]]:
 @pytest.mark.parametrize("seed", range(2, 15))
 @pytest.mark.slow
 def test_every_kind_of_block_at_every_place(places: dict[int, list[str]], seed: int) -> None:
-    assert places[seed] == [""] * 6
+    assert places[seed] == [""] * 7
 
 
 def test_tensors_that_begin_anywhere() -> None:
@@ -125,6 +135,7 @@ def test_offsets_of_more_than_32_bits(arch: str, distance: int) -> None:
         delta_case(Code("int4"), rows, FP32, arch, seed=1),
         reduce_case(Code("int8"), rows, arch, parts=2, seed=1),
         requantize_case(Code("int4"), Code("int8"), rows, arch, parts=2, seed=1),
+        requantize_case(Code("int4"), Code("int4"), rows, arch, parts=2, seed=1),
     ):
         assert execute_far(case, arch, distance) == ""
 

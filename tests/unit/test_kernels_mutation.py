@@ -54,10 +54,12 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """What is mutated. every: one instruction in so many."""
+    """What is mutated. every: one instruction in so many. seeds: of the cases beside SEEDS, for what few blocks have (a largest value of
+    either sign at every place)."""
 
     make: Callable[[int], Case]
     every: int = 1
+    seeds: tuple[int, ...] = ()
 
 
 KERNELS = {
@@ -66,6 +68,9 @@ KERNELS = {
     "quantize delta int4": Kernel(lambda seed: delta_case(INT4, ROWS, torch.bfloat16, ARCH, seed=seed), 3),
     "accumulate int4": Kernel(lambda seed: reduce_case(INT4, ROWS, ARCH, parts=2, into_mains=True, seed=seed), 3),
     "requantize int8 to int4": Kernel(lambda seed: requantize_case(INT8, INT4, ROWS, ARCH, parts=2, seed=seed), 3),
+    "requantize int4": Kernel(
+        lambda seed: requantize_case(INT4, INT4, ROWS, ARCH, parts=2, seed=seed), 3, tuple(range(20, 60))
+    ),
 }
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(KERNELS)[1:]]
 
@@ -74,7 +79,8 @@ def mutated(name: str) -> mutate.Report:
     kernel = KERNELS[name]
     call = kernel.make(0).call
     cases = [
-        mutate.Case(f"seed {seed}", call.grid, lambda seed=seed: arguments(kernel.make(seed)), seed) for seed in SEEDS
+        mutate.Case(f"seed {seed}", call.grid, lambda seed=seed: arguments(kernel.make(seed)), seed)
+        for seed in (*SEEDS, *kernel.seeds)
     ]
     return mutate.delete_each(compiled(call, ARCH), cases, every=kernel.every)
 
