@@ -193,8 +193,12 @@ def test_rates_are_a_ranks_share_of_a_link() -> None:
 def test_the_rate_of_products_is_that_of_the_model_where_it_runs_outside_of_a_job(tmp_path: Any) -> None:
     file = tmp_path / "own.py"
     file.write_text("def model():\n    raise RuntimeError('no process group')\n")
-    small, products = _flops("gpt-4m", 1), _flops(f"{file}:model", 1)
+    (small, right), (products, wrong) = _flops("gpt-4m", 1), _flops(f"{file}:model", 1)
     assert 0 < small < products, "a small model's step reaches a fraction of what one large product does"
+    assert (right, wrong) == ("", "RuntimeError: no process group")
+    said: list[str] = []
+    machine_rates(Topology.parse("2x2x2"), None, f"{file}:model", 1, said.append)
+    assert len(said) == 1 and "not of this model" in said[0] and "no process group" in said[0]
 
 
 def test_waits_that_left_no_trace_are_unknown_and_not_zero() -> None:

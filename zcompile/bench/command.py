@@ -110,12 +110,18 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def machine_rates(topology: Topology, mbit: tuple[float, float] | None, model: str, batch: int) -> dict[str, float]:
+def machine_rates(
+    topology: Topology, mbit: tuple[float, float] | None, model: str, batch: int, say: Callable[[str], Any] = print
+) -> dict[str, float]:
     """What is known of the machine, for zcompile's schedule: the shaped links' B/s as each rank has its share of them, and the FLOP/s of
     this model and the B/s of memory on this computer, measured here and divided by the ranks that share its cores."""
     share = min(1.0, (os.cpu_count() or 1) / topology.world_size)
-    memory = share * _memory()
-    found = {"flops": share * _flops(model, batch), "memory": memory}
+    memory, (flops, why) = share * _memory(), _flops(model, batch)
+    if why:
+        say(
+            f"zcompile schedules by the speed of large products, not of this model, which does not run here alone: {why}"
+        )
+    found = {"flops": share * flops, "memory": memory}
     if mbit is not None:
         per_pair, per_node = topology.sizes[0], topology.sizes[0] * topology.sizes[1]
         for name, limit, ranks in (("node", mbit[0], per_pair), ("cluster", mbit[1], per_node)):
@@ -125,9 +131,9 @@ def machine_rates(topology: Topology, mbit: tuple[float, float] | None, model: s
     return found
 
 
-def _flops(name: str, batch: int, size: int = 512) -> float:
+def _flops(name: str, batch: int, size: int = 512) -> tuple[float, str]:
     """What plain torch reaches in a forward and backward in bf16 on one core: a fraction of what large products alone do. Those, where the
-    model's data asks for its ranks."""
+    model's data asks for its ranks; and why."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -136,10 +142,10 @@ def _flops(name: str, batch: int, size: int = 512) -> float:
         model = model.bfloat16()
         with FlopCounterMode(display=False) as counter:
             model(tokens).backward()
-        return counter.get_total_flops() / min(_timed(lambda: model(tokens).backward()) for _ in range(3))
-    except Exception:  # a model of the user's may need its job; what else is wrong with it the ranks will say
+        return counter.get_total_flops() / min(_timed(lambda: model(tokens).backward()) for _ in range(3)), ""
+    except Exception as error:  # a model of the user's may need its job; what else is wrong with it the ranks will say
         a = torch.randn(size, size).bfloat16()
-        return 2 * size**3 / min(_timed(lambda: a @ a) for _ in range(5))
+        return 2 * size**3 / min(_timed(lambda: a @ a) for _ in range(5)), f"{type(error).__name__}: {error}"
     finally:
         torch.set_num_threads(threads)
 
@@ -159,7 +165,9 @@ def _timed(function: Any) -> float:
 def run_here(arguments: argparse.Namespace, say: Any) -> dict[str, Any]:
     """Start the ranks of every run on this machine."""
     topology, mbit = Topology.parse(arguments.topology), rates(arguments.mbit)
-    names, known = arguments.systems.split(), machine_rates(topology, mbit, arguments.model, arguments.batch)
+    names = arguments.systems.split()
+    scheduled = any(name not in systems.PEERS for name in names)
+    known = machine_rates(topology, mbit, arguments.model, arguments.batch, say) if scheduled else {}
     here = network.Shaped(topology.sizes, *mbit) if mbit else network.Local(topology.sizes)
     result = _result(arguments, here.description, names)
     with tempfile.TemporaryDirectory(prefix="zcompile-bench") as folder, here:
