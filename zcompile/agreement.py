@@ -93,7 +93,7 @@ class Agreement:
         self.timeout = timeout
         self.watch = watch
         self.asides: weakref.WeakSet[Any] = weakref.WeakSet()
-        """Whose `aside(step)` is called now and then by an exchange that is waited for; it may raise AgreementError."""
+        """Whose `aside(step, since)` is called now and then by an exchange that is waited for; it may raise AgreementError."""
 
     def exchange(
         self, words: list[int], *, step: str = "exchange", timeout: float | None = None, patience: float = 0.0
@@ -179,7 +179,7 @@ class Agreement:
         error: Exception | str = f"no answer after {limit:g} s"
         with contextlib.nullcontext() if self.watch is None else self.watch.waiting(site):
             try:
-                while not poll(work, limit, self.watch, lambda: self._aside(step)):
+                while not poll(work, limit, self.watch, lambda: self._aside(step, start)):
                     if self.watch is None or time.monotonic() - start > patience:
                         break
                     if self.watch.excused():
@@ -202,9 +202,9 @@ class Agreement:
             fault = self.watch.lost(site, error, closed=closed, limit=limit, since=start, ours=ours)
         raise NoAnswer(f"{error if ours else what}. {fault}", fault.verdict) from None
 
-    def _aside(self, step: str) -> None:
+    def _aside(self, step: str, since: float) -> None:
         for each in list(self.asides):
-            each.aside(step)
+            each.aside(step, since)
 
     @contextlib.contextmanager
     def lend(self, step: str) -> Iterator[dist.ProcessGroup | None]:

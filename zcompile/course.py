@@ -15,6 +15,7 @@ shapes that it alone has, comes to an equal list, and asks nobody.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,8 @@ class Course:
         self._number = 0
         self._program: Any = None
         """The one that is asked for."""
-        self._next = 0.0
-        """When to look again."""
+        self._looked = -math.inf
+        """When it last did."""
         engine.runtime.agreement.asides.add(self)
 
     def word(self, phase: str) -> int:
@@ -91,19 +92,19 @@ class Course:
         engine.runtime.agreement.compare(f"collectives of this {program.stage}", _listed(program))
         raise RuntimeError(f"zcompile: the ranks run different graphs ({program.name}), but their lists read the same")
 
-    def aside(self, step: str) -> None:
-        """Called now and then while this rank waits in the exchange `step`. AgreementError if it is left behind: see Note [Left behind]."""
+    def aside(self, step: str, since: float) -> None:
+        """Called now and then while this rank waits in the exchange `step`, from `since` on. AgreementError if it is left behind: see Note
+        [Left behind]."""
         watch, now, place, expected = self._engine.runtime.watch, time.monotonic(), len(self._ran), self._agreed
         if watch is None or expected is None or place >= len(expected):  # nobody can be further
             return
         pause = LOOK * max(1.0, self._engine.runtime.topology.world_size / _WORLD)
-        if now - self._next > pause:  # a wait that has just begun
-            self._next = now + pause
-        elif now > self._next:
-            self._next = now + pause
-            ahead = watch.ahead(self._number, place)
-            if ahead:
-                raise AgreementError(self._text(ahead[0], step, expected[place]))
+        if now < max(self._looked, since) + pause:
+            return
+        self._looked = now
+        ahead = watch.ahead(self._number, place)
+        if ahead:
+            raise AgreementError(self._text(ahead[0], step, expected[place]))
 
     def _text(self, other: int, step: str, identity: int) -> str:
         rank, program = self._engine.runtime.rank, self._program

@@ -122,12 +122,14 @@ def alone(monkeypatch: pytest.MonkeyPatch, agreed: tuple[int, ...], launched: bo
         return ahead
 
     def exchange(words: list[int], **rest: Any) -> list[list[int]]:
+        since = clock[0]
         for _ in range(3):
-            own.aside("a backward")
+            own.aside("a backward", since)
             assert not asked, "too early"
             clock[0] += course.LOOK / 3
         clock[0] += course.LOOK / 2
-        own.aside("a backward")
+        own.aside("a backward", since)
+        own.aside("a backward", since)  # not twice at once
         return [words] * 4
 
     engine: Any = SimpleNamespace(
