@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zcompile import kernel_bench
+from zcompile import kernel_bench, kernel_operations
 from zcompile.kernels import cpu, cpu_build, reference
 from zcompile.kernels.code import Code
 from zcompile.kernels.geometry import Geometry, Piece
@@ -628,7 +628,7 @@ def test_the_benchmark_fails_on_a_kernel_that_differs() -> None:
     broken.quantize_delta, broken.apply_delta = cpu.quantize_delta, cpu.apply_delta
     broken.dequantize = lambda *arguments: cpu.dequantize(*arguments) + 1
     device = torch.device("cpu")
-    listed = kernel_bench.operations("int4", 512, device, broken, inductor=False)  # type: ignore[arg-type]
+    listed = kernel_operations.operations("int4", 512, device, broken, inductor=False)  # type: ignore[arg-type]
     assert [operation.name for operation in listed if not operation.check()] == ["dequantise"]
     with pytest.raises(RuntimeError, match="dequantise, int4/256/bf16/nearest: the kernels and the reference differ"):
         kernel_bench.measure(listed[1], 1, device)
