@@ -85,11 +85,12 @@ PLANS = {
     "stochastic": Variant(
         "int8/int4, reductions rounded stochastically", {"wire": "paper", "reduce": "int4/256/stochastic"}
     ),
+    "small-blocks": Variant("int8/int4, reductions in blocks of 64", {"wire": "paper", "reduce": "int4/64"}),
     "large-blocks": Variant("int8/int4, reductions in blocks of 256", {"wire": "paper", "reduce": "int4/256"}),
 }
 DEFAULT = list(PLANS)[
     :6
-]  # the next three tell where a difference comes from, the last two what blocks and rounding have to do with it
+]  # the next three tell where a difference comes from, the last three what blocks and rounding have to do with it
 
 
 # On the ranks.

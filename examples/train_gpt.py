@@ -426,7 +426,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     option(
         "--plan", default="zero_topo", help="placements: ddp, zero1, zero3, hsdp, zeropp, ... (default: %(default)s)"
     )
-    option("--wire", metavar="NAME", help="formats of all transfers: paper is int8 gathers and int4/64 reductions")
+    option("--wire", metavar="NAME", help="formats of all transfers: paper is int8 gathers and int4/128 reductions")
     for transfer, what in (
         ("gather", "of weights, in forward and backward"),
         ("reduce", "of gradients, each micro-step"),

@@ -36,8 +36,8 @@ PRESETS: dict[str, tuple[str, str, str]] = {
 }
 """Placements (W, G, O) by preset name. Presets name placements only; formats are arguments, native by default."""
 
-WIRES = {"paper": {"gather": "int8", "reduce": "int4/64"}}
-"""What `wire=` stands for: formats of transfers, by name. Gradients in blocks of 64: docs/convergence.md has what 256 cost."""
+WIRES = {"paper": {"gather": "int8", "reduce": "int4/128"}}
+"""What `wire=` stands for: formats of transfers, by name. Gradients in blocks of 128: docs/convergence.md has what 64 and 256 do."""
 
 DEFAULTS = {"gather": "native", "reduce": "fp32", "back": "fp32"}
 """Formats of transfers of which nothing is said. A sync is as the reduction then, a refresh as the gather."""
@@ -103,7 +103,7 @@ class Plan:
     mapping takes the transfer's default: gather native, reduce fp32, sync what reduce has there, refresh what gather has there,
     back fp32. None means that default at all levels. `back` is the way from the world back to O when O is narrower. A refresh can
     also be "int8-delta" or "int4-delta". Quantised formats are for matrices: see KINDS and Rule.
-    wire: "paper" is int8 gathers (so refreshes) and int4/64 reductions (so syncs), where these are not given.
+    wire: "paper" is int8 gathers (so refreshes) and int4/128 reductions (so syncs), where these are not given.
     full_refresh_every: after so many delta refreshes in a row a full one (0: after other writes only).
     error_feedback: None, or beta in [0, 1): what quantising a gradient loses on this rank is added to its next one. The state is
     beta times the old one and 1 - beta times the new loss (LoCo's moving average; 0: the loss itself).

@@ -132,8 +132,8 @@ def test_zero3_traffic_counts_padding_and_the_sync_of_replicas(train_gpt: Module
     ("given", "plan"),
     [
         ([], Plan.preset("zero_topo")),
-        (["--plan", "zeropp", "--wire", "paper"], Plan.preset("zeropp", gather="int8", reduce="int4/64")),
-        (["--wire", "paper", "--gather", "bf16"], Plan.preset("zero_topo", gather="bf16", reduce="int4/64")),
+        (["--plan", "zeropp", "--wire", "paper"], Plan.preset("zeropp", gather="int8", reduce="int4/128")),
+        (["--wire", "paper", "--gather", "bf16"], Plan.preset("zero_topo", gather="bf16", reduce="int4/128")),
         (
             ["--gather", "int8/128", "--reduce", "int8", "--sync", "int4", "--refresh", "int4-delta"],
             Plan.preset("zero_topo", gather="int8/128", reduce="int8", sync="int4", refresh="int4-delta"),

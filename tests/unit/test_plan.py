@@ -94,10 +94,10 @@ def test_requirement_23_each_chip_has_its_own_fp8() -> None:
 def test_the_papers_formats() -> None:
     plan = Plan.preset("zero_topo", wire="paper").resolve(EIGHT, "bfloat16")
     assert {t: plan.formats(t)[0].short for t in TRANSFERS} == {
-        "gather": "int8/256", "refresh": "int8/256", "reduce": "int4/64", "sync": "int4/64", "back": "fp32",
+        "gather": "int8/256", "refresh": "int8/256", "reduce": "int4/128", "sync": "int4/128", "back": "fp32",
     }  # fmt: skip
     mixed = Plan.preset("zero_topo", wire="paper", gather="bf16", refresh="int4-delta").resolve(EIGHT, "bfloat16")
-    assert [mixed.formats(t)[0].short for t in TRANSFERS[:4]] == ["bf16", "int4/64", "int4/64", "int4-delta/256"]
+    assert [mixed.formats(t)[0].short for t in TRANSFERS[:4]] == ["bf16", "int4/128", "int4/128", "int4-delta/256"]
 
 
 def test_embeddings_norms_and_vectors_keep_native_formats_unless_a_rule_names_them() -> None:
@@ -108,14 +108,14 @@ def test_embeddings_norms_and_vectors_keep_native_formats_unless_a_rule_names_th
         wires = plan.wires(name, shape, kind=kind)
         return [getattr(wires, t)[0].short for t in ("gather", "reduce", "sync", "refresh")]
 
-    assert short("up.weight", (64, 256), "matrix") == ["int8/256", "int4/64", "int4/64", "int8/256"]
+    assert short("up.weight", (64, 256), "matrix") == ["int8/256", "int4/128", "int4/128", "int8/256"]
     for kind, shape in (("embedding", (64, 256)), ("norm", (64, 256)), ("vector", (9999,))):
         assert short("other", shape, kind) == ["bf16", "fp32", "fp32", "bf16"]
         assert plan.wires("other", shape, kind=kind).block == 1
     assert short("embed.weight", (64, 256), "embedding")[:2] == ["int8/256", "int4/256"]
     assert plan.wires("embed.weight", (64, 256), kind="embedding").reduce[1].short == "fp32"
     assert short("a.head.weight", (64, 256), "matrix")[0] == "int8/256", "a rule that gives no format keeps the plan's"
-    assert short("tiny.weight", (64, 31), "matrix") == ["bf16", "int4/64", "int4/64", "bf16"], (
+    assert short("tiny.weight", (64, 31), "matrix") == ["bf16", "int4/128", "int4/128", "bf16"], (
         "its shards fill no block of 256"
     )
     assert short("tiny.weight", (64, 7), "matrix") == ["bf16", "fp32", "fp32", "bf16"], "its shards fill no block"

@@ -192,7 +192,7 @@ def test_the_plan_space() -> None:
         "levels of one rank say nothing"
     )
     assert formats(()) == [{}]
-    assert {"gather": "int8", "reduce": "int4/64"} in formats(("int8", "int4")) and len(formats(("int8", "int4"))) == 6
+    assert {"gather": "int8", "reduce": "int4/128"} in formats(("int8", "int4")) and len(formats(("int8", "int4"))) == 6
 
 
 def test_the_best_plan_is_the_fastest_that_fits_and_the_same_again(tiny: Workload) -> None:
