@@ -128,6 +128,22 @@ def propagate_by(function: Callable[[Any], Any]) -> None:
     propagator.propagate_op_sharding = type(propagator.propagate_op_sharding)(function)
 
 
+def handle_by(op: Any, function: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]) -> None:
+    """From now on DTensor asks `function(op, args, kwargs)` to run `op`. Read from 2.11 and 2.13: `_dispatch.py`, which has such functions
+    of its own."""
+    DTensor._op_dispatcher._custom_op_handlers.setdefault(op, cast(Any, function))
+
+
+def by_dtensor(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run `op`, which `handle_by` has another way for, as if it had none."""
+    handlers = DTensor._op_dispatcher._custom_op_handlers
+    function = handlers.pop(op)
+    try:
+        return op(*args, **kwargs)
+    finally:
+        handlers[op] = function
+
+
 def unwaited_work() -> int:
     """Number of functional collectives of this process that nobody has waited for yet."""
     return _get_work_registry_size()
@@ -296,6 +312,11 @@ def never_compile_alone(function: Any) -> Any:
 def wrap_local(local: Tensor, like: Any) -> DTensor:
     """A DTensor with the placements of `like` over `local`, without autograd (2.13: DTensor.__new__(local, spec, requires_grad=))."""
     return DTensor(local, like._spec, requires_grad=False)
+
+
+def local_tensor(value: DTensor) -> Tensor:
+    """What this rank holds of it: the tensor itself, without autograd and the calls of `to_local` (2.11, 2.13)."""
+    return value._local_tensor
 
 
 def init_call(function: Any) -> tuple[Callable[..., Any], dict[str, Any]] | None:

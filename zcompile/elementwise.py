@@ -3,7 +3,8 @@
 Before an operation runs for the first time on tensors of some shapes, DTensor lists every combination of placements over the dimensions of
 the mesh and takes the cheapest. With a dimension per level that is n^levels combinations for each operation and shape of an optimizer's
 step: seconds, before the first step of a job is over (docs/training.md). Where all tensors of an element-wise operation have the same
-placements, the cheapest is to leave them, so that is answered here. Everything else goes to torch.
+placements, the cheapest is to leave them, so that is answered here. Everything else goes to torch; operations over lists do not come here
+(zcompile.locally).
 """
 
 from __future__ import annotations
@@ -16,15 +17,6 @@ from torch.distributed.tensor import Replicate, Shard
 
 from zcompile._torch_compat import DTensorSpec, OutputSharding, propagate_by, sharding_propagator
 
-_LISTS = frozenset(
-    f"aten::_foreach_{name}{mark}"
-    for name in (
-        "abs", "add", "addcdiv", "addcmul", "clamp_max", "clamp_min", "copy", "div", "exp", "lerp", "log", "maximum", "minimum", "mul",
-        "neg", "pow", "reciprocal", "rsqrt", "sign", "sqrt", "sub",
-    )
-    for mark in ("", "_")
-)  # fmt: skip
-"""Those over lists of tensors: torch tags none of them as element-wise."""
 _installed = False
 
 
@@ -53,17 +45,10 @@ def stays(propagator: Any, schema: Any) -> Any:
     if not tensors:
         return None
     meta = propagator._propagate_tensor_meta_non_cached(schema)
-    if isinstance(tensors[0], DTensorSpec):
-        like = tensors[0]
-        if like.tensor_meta is None or getattr(meta, "shape", None) != like.tensor_meta.shape:
-            return None
-        return OutputSharding(like.shallow_copy_with_tensor_meta(meta))
-    if meta is None:  # in place
-        return OutputSharding(None)
-    if len(meta) != len(tensors[0]):
+    like = tensors[0]
+    if like.tensor_meta is None or getattr(meta, "shape", None) != like.tensor_meta.shape:
         return None
-    specs = zip(tensors[0], meta, strict=True)
-    return OutputSharding(tuple(spec.shallow_copy_with_tensor_meta(each) for spec, each in specs))
+    return OutputSharding(like.shallow_copy_with_tensor_meta(meta))
 
 
 def _empty(propagator: Any, schema: Any) -> Any:
@@ -86,34 +71,20 @@ def _empty(propagator: Any, schema: Any) -> Any:
 
 
 def _elementwise(op: Any) -> bool:
-    name = op.name().partition(".")[0]
-    return name in _LISTS or name == "aten::copy_" or torch.Tag.pointwise in op.tags
+    return op is torch.ops.aten.copy_.default or torch.Tag.pointwise in op.tags
 
 
 def _tensors(schema: Any) -> list[Any]:
-    """The specs of the arguments, those of lists as lists; [] unless all that meet in one element lie alike."""
+    """The specs of the arguments; [] unless all that meet in one element lie alike."""
     arguments = [*schema.args_schema, *schema.kwargs_schema.values()]
     if not all(_plain(argument) for argument in arguments):
         return []
-    lists = [
-        argument
-        for argument in arguments
-        if isinstance(argument, (list, tuple)) and any(isinstance(each, DTensorSpec) for each in argument)
-    ]
     found = [argument for argument in arguments if isinstance(argument, DTensorSpec)]
-    if not lists:
-        return found if _alike(found) else []
-    if not all(isinstance(spec, DTensorSpec) for each in lists for spec in each):
-        return []
-    if len({len(each) for each in lists}) != 1 or not all(_alike([*met, *found]) for met in zip(*lists, strict=True)):
-        return []
-    return lists
+    return found if _alike(found) else []
 
 
 def _plain(argument: Any) -> bool:
     """A spec, or nothing that could be a tensor."""
-    if isinstance(argument, (list, tuple)):
-        return all(_plain(each) for each in argument)
     return argument is None or isinstance(argument, (DTensorSpec, bool, int, float, complex, torch.dtype, str))
 
 

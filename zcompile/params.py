@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from zcompile import transfers
-from zcompile._torch_compat import wrap_local
+from zcompile._torch_compat import local_tensor, wrap_local
 from zcompile.layout import ParamSpec, side_by_side
 from zcompile.plan import TRANSFERS
 from zcompile.resolved import ResolvedPlan
@@ -289,7 +289,7 @@ def _slot(
             local, mesh, placements(spec), run_check=False, shape=torch.Size(layout.shape), stride=stride
         )
         slot.master = nn.Parameter(master, requires_grad=plain.requires_grad)
-        slot.shard = master_shard(slot.master)
+        slot.shard = local_of(slot.master)
         slot.padded = padded
     _keep_marks(plain, slot.master)
     plain.data = plain.new_empty(0)
@@ -307,15 +307,9 @@ def at_start(local: Tensor) -> Tensor:
 
 
 def local_of(value: Any) -> Tensor:
-    """What this rank holds of a gradient or a moment: of a DTensor its local tensor, else the tensor itself."""
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
-def master_shard(master: Any) -> Tensor:
-    """The local tensor of a DTensor itself: with gradients enabled `to_local` would return a view with a counter of its own."""
-    with torch.no_grad():
-        local: Tensor = master.to_local()
-    return local
+    """What this rank holds of a master, a gradient or a moment: of a DTensor its local tensor (`to_local` would return a view with a
+    version counter of its own), else the tensor itself."""
+    return local_tensor(value) if isinstance(value, DTensor) else value
 
 
 def _keep_marks(plain: nn.Parameter, master: nn.Parameter) -> None:

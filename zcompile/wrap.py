@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import code_cache, elementwise, gradients, optimizers, pretrained
+from zcompile import code_cache, elementwise, gradients, locally, optimizers, pretrained
 from zcompile.backend import hierarchical_zero_backend
 from zcompile.deferred import Start, deferred_init
 from zcompile.engine import Engine
@@ -188,6 +188,7 @@ def _wrap(model: nn.Module, topology: Topology | str | None, plan: Plan | Auto, 
         together(engine.runtime, lambda: pretrained.load(model, engine, files), f"{files.folder} cannot be loaded")
     optimizers.guard()
     elementwise.shortcut()
+    locally.shortcut()
     code_cache.keep_writable()
     gradients.guard()
     if compile:

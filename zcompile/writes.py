@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from zcompile.params import Slot, Unit
 
-_SLOTS: Any = WeakTensorKeyDictionary()
-"""master -> its slot; beside the parameters and not on them, so that these can be pickled."""
+_SLOTS: dict[int, weakref.ref[Slot]] = {}
+"""id of a master -> its slot; beside the parameters and not on them, so that these can be pickled. A slot holds its master, so no other
+tensor has the id while it lives."""
 SKIPPING: Any = weakref.WeakKeyDictionary()
 """Optimizer -> the gradients that were taken from it for the time of a step that is to change nothing: zcompile.gradients."""
 _hook: Any = None
@@ -26,7 +26,8 @@ def watch(slots: list[Slot]) -> None:
     """From now on a step of any optimizer over these masters counts as a write to their units."""
     global _hook
     for slot in slots:
-        _SLOTS[slot.master] = weakref.ref(slot)
+        key = id(slot.master)
+        _SLOTS[key] = weakref.ref(slot, lambda _, key=key: _SLOTS.pop(key, None))  # type: ignore[misc]
     if _hook is None:
         _hook = (register_optimizer_step_pre_hook(_stepping), register_optimizer_step_post_hook(_stepped))
 
@@ -51,8 +52,9 @@ def _units(optimizer: torch.optim.Optimizer) -> set[Unit]:
 
 def slot_of(parameter: torch.Tensor) -> Slot | None:
     """The slot whose master this is; None for any other tensor."""
-    reference = _SLOTS.get(parameter)
-    return None if reference is None else reference()
+    reference = _SLOTS.get(id(parameter))
+    slot = None if reference is None else reference()
+    return slot if slot is not None and slot.master is parameter else None
 
 
 def unit_of(parameter: torch.Tensor) -> Unit | None:

@@ -57,9 +57,8 @@ def wrapped(*sizes: int) -> Any:
 
 STEPS: dict[str, Callable[[Any], Any]] = {
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), foreach=False).step(),
-    "AdamW over lists": lambda model: torch.optim.AdamW(model.parameters(), amsgrad=True, foreach=True).step(),
     "SGD": lambda model: torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=0.1, foreach=False).step(),
-    "Adagrad over lists": lambda model: torch.optim.Adagrad(model.parameters(), foreach=True).step(),
+    "Adagrad": lambda model: torch.optim.Adagrad(model.parameters(), foreach=False).step(),
     "clipping": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True),
     "loading": lambda model: model.load_state_dict(model.state_dict()),
 }
@@ -104,8 +103,7 @@ def unlike(rank: int) -> list[str]:
             "partial": lambda: sums * 2,
             "partial sums": lambda: sums + sums,
             "no element-wise operation": lambda: rows.sum(0),
-            "a list with others": lambda: torch._foreach_add([rows, others], [others, others]),
-            "a list of partials": lambda: torch._foreach_mul([sums], 2.0),
+            "a list": lambda: torch._foreach_mul([sums], 2.0),
         }
         wrong = []
         for name, operation in operations.items():
