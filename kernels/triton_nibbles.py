@@ -13,9 +13,6 @@ import triton.language as tl
 from zcompile.kernels.triton_math import rounded, scale_of
 from zcompile.kernels.triton_tile import BLOCKS, CODES, load_scales, store_scales, tile_of
 
-NIBBLES = tl.constexpr(8)
-HIGH = tl.constexpr(5)
-"""From this nibble on the mantissa's 23 bits are not enough: the word is shifted."""
 EMPTY = tl.constexpr(0x88888888)
 """Eight codes of zero."""
 OFFSETS = tl.constexpr(sum(0x4B400000 << 4 * k for k in range(8)) & 0xFFFFFFFF)
@@ -37,10 +34,11 @@ def nibble(word, zero, INDEX: tl.constexpr):
     The nibble becomes the last bits of a power of two plus n, as in `decode`. `zero` is 0, which the compiler must not know: where it
     knows all constants, NVIDIA's takes two instructions for one, and a shift for each nibble.
     """
-    at: tl.constexpr = INDEX if INDEX < HIGH else INDEX - HIGH
+    # From the fifth nibble on the mantissa's 23 bits are not enough: the word is shifted by five.
+    at: tl.constexpr = INDEX % 5
     power: tl.constexpr = 2.0 ** (23 - 4 * at)
     exponent: tl.constexpr = 0x4B000000 - at * 0x02000000
-    bits = ((word if INDEX < HIGH else word >> (zero + 20)) & (0xF << (4 * at))) | (zero + exponent)
+    bits = ((word if INDEX < 5 else word >> (zero + 20)) & (0xF << (4 * at))) | (zero + exponent)
     return bits.to(tl.float32, bitcast=True) - (power + 8.0)
 
 

@@ -167,9 +167,8 @@ class Unwrap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         call, training = ctx.call, ctx.training
-        coordinates = call.engine.coordinates
         out = [
-            None if grad is None else wrap_local(slot.local(grad.reshape(-1), coordinates), slot.master)
+            None if grad is None else wrap_local(slot.trimmed(grad.reshape(-1)), slot.master)
             for slot, grad in zip(training, call.finish(training, grads), strict=True)
         ]
         return (None, None, *out)

@@ -76,6 +76,11 @@ class Slot:
         length = rows * layout.row
         return (padded if length == layout.shard else padded.narrow(0, 0, length)).view(shape)
 
+    def trimmed(self, padded: Tensor) -> Tensor:
+        """The same, once the master is made: like its local tensor."""
+        length = self.shard.numel()
+        return (padded if length == padded.numel() else padded.narrow(0, 0, length)).view(self.shard.shape)
+
     def own_rows(self, whole: Tensor, coordinates: tuple[int, ...]) -> Tensor:
         """The rows that this rank owns of the whole parameter: a view."""
         start, rows = self.spec.layout.local_rows(coordinates)

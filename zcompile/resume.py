@@ -158,7 +158,7 @@ def _own_image(engine: Engine, slot: Slot) -> DTensor:
     """This rank's rows of its image, as a DTensor like the master, in the compute dtype: a view."""
     assert slot.unit.image is not None
     padded = slot.unit.image[slot.unit.row].narrow(0, slot.spec.offset, slot.spec.layout.shard)
-    return wrap_local(at_start(slot.local(padded, engine.coordinates)), slot.master)
+    return wrap_local(at_start(slot.trimmed(padded)), slot.master)
 
 
 # -- buffers and random states -------------------------------------------------------------------------------------------------------
