@@ -83,32 +83,35 @@ def gather(copy: Tensor, geometry: str, code: str, dtype: torch.dtype) -> Tensor
 
 def _copy(peers: Peers, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     out = torch.empty(geometry.size, dtype=dtype, device=peers.buffers[0].device)
-    ranks, size = len(peers.buffers), dtype.itemsize
-    # torch copies two-byte values at two thirds of the speed of bytes on CPUs (2.13), and a gather is many short stretches.
+    ranks, size, width = len(peers.buffers), dtype.itemsize, geometry.width
+    # torch copies two-byte values at two thirds of the speed of bytes on CPUs (2.13).
     direct = out.device.type == "cpu" and peers.buffers[0].dtype == dtype
     for part in (*range(peers.rank, ranks), *range(peers.rank)):  # not all begin with the same one
         source = peers.buffers[part]
-        for at, start, length in _stretches(geometry.text, ranks, part):
-            if direct:
-                memmove(out.data_ptr() + start * size, source.data_ptr() + at * size, length * size)
-            else:
-                out.narrow(0, start, length).copy_(source.narrow(0, at, length))
+        for at, start, length, rows in _stretches(geometry.text, ranks, part):
+            if not direct:
+                stretch = source.as_strided((rows, length), (width, 1), source.storage_offset() + at)
+                out.narrow(0, start, rows * length).view(rows, length).copy_(stretch)
+                continue
+            for row in range(rows):
+                to, begin = start + row * length, at + row * width
+                memmove(out.data_ptr() + to * size, source.data_ptr() + begin * size, length * size)
     return out
 
 
 @lru_cache(maxsize=1024)
-def _stretches(text: str, ranks: int, part: int) -> tuple[tuple[int, int, int], ...]:
-    """Of the rows of one rank: (element of its buffer, element of the whole parameters' buffer, elements), as long as they can be."""
+def _stretches(text: str, ranks: int, part: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Of what one rank holds: (element of its buffer, element of the whole parameters' buffer, elements, rows of its buffer in which
+    there are so many, which follow one another there)."""
     geometry = Geometry.parse(text)
-    found: list[tuple[int, int, int]] = []
+    found: list[tuple[int, int, int, int]] = []
     each, column = geometry.rows // ranks, 0
     for piece, start in zip(geometry.pieces, geometry.starts, strict=False):
-        for row in range(each):
-            begin, valid = piece.span(part * each + row)
-            at, to = row * geometry.width + column, start + begin
-            if found and (found[-1][0] + found[-1][2], found[-1][1] + found[-1][2]) == (at, to):
-                at, to, valid = found[-1][0], found[-1][1], found.pop()[2] + valid
-            if valid:
-                found.append((at, to, valid))
+        first = part * each
+        if not piece.spans:
+            found.append((column, start + first * piece.n, piece.n, each))
+        else:
+            spans = ((row * geometry.width + column, piece.span(first + row)) for row in range(each))
+            found += [(at, start + begin, valid, 1) for at, (begin, valid) in spans]
         column += piece.n
     return tuple(found)

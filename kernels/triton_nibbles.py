@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zcompile.kernels.triton_math import rounded, scale_of
+from zcompile.kernels.triton_math import MAGIC_BITS, rounded, scale_of
 from zcompile.kernels.triton_tile import BLOCKS, CODES, load_scales, store_scales, tile_of
 
 EMPTY = tl.constexpr(0x88888888)
 """Eight codes of zero."""
-OFFSETS = tl.constexpr(sum(0x4B400000 << 4 * k for k in range(8)) & 0xFFFFFFFF)
+OFFSETS = tl.constexpr(sum(MAGIC_BITS.value << 4 * k for k in range(8)) & 0xFFFFFFFF)
 """What MAGIC_BITS leaves in a word, summed at all places."""
 
 

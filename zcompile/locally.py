@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from zcompile._torch_compat import by_dtensor, handle_by, local_tensor, wrap_local
+from zcompile._torch_compat import by_dtensor, handle_by, wrap_local
+from zcompile.params import local_of
 
 _FUSED = ("_fused_adam_", "_fused_adamw_", "_fused_adagrad_", "_fused_sgd_")
 _LISTS = (
@@ -58,8 +59,8 @@ def _run(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 def _local(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return [local_tensor(each) if isinstance(each, DTensor) else each for each in value]
-    return local_tensor(value) if isinstance(value, DTensor) else value
+        return [local_of(each) for each in value]
+    return local_of(value)
 
 
 _MET: OrderedDict[tuple[int, ...], list[Any]] = OrderedDict()

@@ -11,6 +11,7 @@ no state beside it to know what to send. Where gathers are native the copy is th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,19 +73,22 @@ class Slot:
         """The rows that this rank owns of a padded shard [shard]: a view."""
         layout = self.spec.layout
         _, rows = layout.local_rows(coordinates)
-        shape = (rows, *layout.shape[1:]) if layout.shape else ()
-        length = rows * layout.row
-        return (padded if length == layout.shard else padded.narrow(0, 0, length)).view(shape)
+        return _beginning(padded, (rows, *layout.shape[1:]) if layout.shape else ())
 
     def trimmed(self, padded: Tensor) -> Tensor:
         """The same, once the master is made: like its local tensor."""
-        length = self.shard.numel()
-        return (padded if length == padded.numel() else padded.narrow(0, 0, length)).view(self.shard.shape)
+        return _beginning(padded, self.shard.shape)
 
     def own_rows(self, whole: Tensor, coordinates: tuple[int, ...]) -> Tensor:
         """The rows that this rank owns of the whole parameter: a view."""
         start, rows = self.spec.layout.local_rows(coordinates)
         return whole.narrow(0, start, rows) if self.spec.layout.shape else whole
+
+
+def _beginning(padded: Tensor, shape: Sequence[int]) -> Tensor:
+    """As many elements from the first on as `shape` has: a view."""
+    length = math.prod(shape)
+    return (padded if length == padded.numel() else padded.narrow(0, 0, length)).view(tuple(shape))
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from zcompile.params import Slot, Unit
 
-_SLOTS: dict[int, weakref.ref[Slot]] = {}
+_SLOTS: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
 """id of a master -> its slot; beside the parameters and not on them, so that these can be pickled. A slot holds its master, so no other
 tensor has the id while it lives."""
 SKIPPING: Any = weakref.WeakKeyDictionary()
@@ -26,8 +26,7 @@ def watch(slots: list[Slot]) -> None:
     """From now on a step of any optimizer over these masters counts as a write to their units."""
     global _hook
     for slot in slots:
-        key = id(slot.master)
-        _SLOTS[key] = weakref.ref(slot, lambda _, key=key: _SLOTS.pop(key, None))  # type: ignore[misc]
+        _SLOTS[id(slot.master)] = slot
     if _hook is None:
         _hook = (register_optimizer_step_pre_hook(_stepping), register_optimizer_step_post_hook(_stepped))
 
@@ -52,8 +51,7 @@ def _units(optimizer: torch.optim.Optimizer) -> set[Unit]:
 
 def slot_of(parameter: torch.Tensor) -> Slot | None:
     """The slot whose master this is; None for any other tensor."""
-    reference = _SLOTS.get(id(parameter))
-    slot = None if reference is None else reference()
+    slot = _SLOTS.get(id(parameter))
     return slot if slot is not None and slot.master is parameter else None
 
 

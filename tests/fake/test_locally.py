@@ -14,8 +14,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from zcompile import hierarchical_zero, locally
-from zcompile._torch_compat import by_dtensor, local_tensor, wrap_local
+from zcompile._torch_compat import by_dtensor, wrap_local
 from zcompile.paper import world
+from zcompile.params import local_of
 from zcompile.topology import Topology
 
 
@@ -56,24 +57,20 @@ def stepped(make: Callable[[Any], torch.optim.Optimizer], plain: bool = False) -
     """What this rank holds after three steps: masters and state; plain: of the same tensors that are no DTensors."""
     model: Any = wrapped()
     if plain:
-        model = nn.ParameterList(local_tensor(p).detach().clone() for p in model.parameters())
+        model = nn.ParameterList(local_of(p).detach().clone() for p in model.parameters())
     optimizer = make(model)
     generator = torch.Generator().manual_seed(3)
     for _ in range(3):
         for parameter in model.parameters():
-            local = torch.randn(held(parameter).shape, generator=generator)
+            local = torch.randn(local_of(parameter).shape, generator=generator)
             parameter.grad = local if plain else wrap_local(local, parameter)
         optimizer.step()
     found = []
     for parameter in model.parameters():
         state = optimizer.state[parameter].values()
         assert plain or all(value.dim() == 0 or value.placements == parameter.placements for value in state)
-        found += [held(value).clone() for value in (parameter, *state)]
+        found += [local_of(value).clone() for value in (parameter, *state)]
     return found
-
-
-def held(value: torch.Tensor) -> torch.Tensor:
-    return local_tensor(value) if isinstance(value, DTensor) else value
 
 
 def compare(rank: int, name: str) -> tuple[bool, int, int]:
@@ -131,7 +128,7 @@ def unlike(rank: int) -> list[str]:
                 found = op(*args)
             expected = by_dtensor(op, args, {})
             if way.called == (name in numbers(rows, number)) or not all(
-                a.placements == b.placements and torch.equal(local_tensor(a), local_tensor(b))
+                a.placements == b.placements and torch.equal(local_of(a), local_of(b))
                 for a, b in zip(found, expected, strict=True)
             ):
                 wrong.append(name)

@@ -267,6 +267,13 @@ def test_the_kernel_equals_dequantising_what_a_gather_brings(code: str) -> None:
         seen: list[int] = []
         memory.register(parts[rank], memory.Peers(rank, seen.append, parts))
         found = kernels.peer_gather(parts[rank], 4, "zc.4.node.gather", geometry.text, code, torch.float32)
+        if not code:  # into another dtype torch copies, as on a GPU
+            wide = kernels.peer_gather(parts[rank], 4, "zc.4.node.gather", geometry.text, code, torch.float64)
+            whole = [
+                (start, start + piece.numel) for start, piece in zip(geometry.starts, geometry.pieces, strict=False)
+            ]
+            assert all(torch.equal(wide[begin:end], found[begin:end].double()) for begin, end in whole)
+            assert seen.pop() == seen[0]
         memory.forget(parts[rank])
         for start, piece in zip(geometry.starts, geometry.pieces, strict=False):
             assert torch.equal(found[start : start + piece.numel], expected[start : start + piece.numel])
