@@ -384,6 +384,11 @@ class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", CustomGraphPas
         return f"zcompile: launches and waits in order, and {', '.join(map(str, self.beside))}"
 
 
+def alone(tensor: Tensor) -> bool:
+    """Whether no other tensor shares its storage (2.11, 2.13: a storage counts its holders, of which the asking wrapper is one)."""
+    return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2)
+
+
 def profiling() -> bool:
     """Whether torch's profiler records (2.13: torch.autograd.profiler keeps the flag for its own fast path)."""
     from torch.autograd import profiler

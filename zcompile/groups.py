@@ -25,6 +25,7 @@ from zcompile.agreement import PATIENT
 from zcompile.faults.flight import Flight
 from zcompile.faults.watch import Watch
 from zcompile.origins import Origins
+from zcompile.pool import POOL
 from zcompile.swap import METHODS, MOST_MEMBERS, Swap
 
 _NUMBERS = itertools.count()
@@ -324,6 +325,7 @@ class Communicators:
 
     def close(self) -> None:
         """The default process group is another one now."""
+        POOL.clear()
         if self.watch is not None:
             self.watch.close()
 

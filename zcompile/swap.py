@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from zcompile.pool import POOL
+
 MOST_MEMBERS = 16
 """In larger groups every member would hold a connection to every other: gloo's rings are left to do it."""
 
@@ -48,26 +50,30 @@ class Swap:
 
     def all_gather(self, output: Tensor, mine: Tensor, stream: int = 0) -> Exchange:
         """output [size * n] becomes every member's `mine` [n], in group order."""
-        x = mine.reshape(1, -1)
-        return self._exchange(output.view(self._size, -1), x.expand(self._size, -1), x.cpu(), stream)
+        part = mine.reshape(-1)
+        return self._exchange(output, [part] * self._size, [part.cpu()] * self._size, stream)
 
     def all_to_all(self, output: Tensor, mine: Tensor, stream: int = 0) -> Exchange:
         """output [size * n]: from every member that part of its `mine` [size * n] that is meant for this one."""
         parts = mine.reshape(self._size, -1)
-        return self._exchange(output.view(self._size, -1), parts, parts.cpu(), stream)
+        return self._exchange(output, parts.unbind(), parts.cpu().unbind(), stream)
 
-    def _exchange(self, out: Tensor, parts: Tensor, sent: Tensor, stream: int) -> Exchange:
-        """`parts` [members, n], of which member k gets row k; `sent`: the same in host memory, one row if all are equal."""
-        tag = _tag(stream, next(self._calls[stream]), parts[0].numel() * parts.itemsize)
+    def _exchange(self, output: Tensor, parts: Sequence[Tensor], sent: Sequence[Tensor], stream: int) -> Exchange:
+        """`parts`: what each member gets; `sent`: the same in host memory."""
+        POOL.land(output)
+        tag = _tag(stream, next(self._calls[stream]), parts[0].numel() * parts[0].itemsize)
+        out = output.view(self._size, -1)
+        rows = out.unbind()
+        here = output.device.type == "cpu"
+        landing = rows if here else torch.empty(out.shape, dtype=out.dtype, pin_memory=True).unbind()
         others = [(self._rank + k) % self._size for k in range(1, self._size)]
-        landing = out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
         works: list[tuple[int, Any]] = [
             (other, self.inner.recv([landing[other]], other, tag)) for other in reversed(others)
         ]
-        works += [(other, self.inner.send([sent[other % len(sent)]], other, tag)) for other in others]
-        out[self._rank].copy_(parts[self._rank])
-        arrived = [] if landing is out else [(out[other], landing[other]) for other in others]
-        return Exchange(works, out, sent, timedelta(seconds=self.timeout), arrived)
+        works += [(other, self.inner.send([sent[other]], other, tag)) for other in others]
+        rows[self._rank].copy_(parts[self._rank])
+        arrived = () if here else [(rows[other], landing[other]) for other in others]
+        return Exchange(works, output, sent, timedelta(seconds=self.timeout), arrived)
 
 
 def _tag(stream: int, number: int, size: int) -> int:
@@ -87,7 +93,7 @@ class Exchange(dist.Work):
         self,
         works: list[tuple[int, Any]],
         result: Tensor,
-        sent: Tensor,
+        sent: Sequence[Tensor],
         timeout: timedelta,
         arrived: Sequence[tuple[Tensor, Tensor]] = (),
     ):
@@ -101,7 +107,7 @@ class Exchange(dist.Work):
         self._timeout = timeout
         self._works = works
         self._result = result
-        self._sent: Tensor | None = sent
+        self._sent: Sequence[Tensor] | None = sent
         self._arrived = arrived
         self._lock = threading.Lock()
 
@@ -110,7 +116,7 @@ class Exchange(dist.Work):
             works, self._works = self._works, []
             for self.waits_for, work in works:
                 work.wait(timeout or self._timeout)  # gloo's own default is that of the group's making
-            arrived, self._arrived = self._arrived, []
+            arrived, self._arrived = self._arrived, ()
             for part, host in arrived:
                 part.copy_(host, non_blocking=True)  # the allocator of pinned memory waits for it
             self._sent = None
