@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -60,6 +61,21 @@ TRAFFIC = (*COLLECTIVES, PEER_GATHER)
 def find(graph: Graph, *targets: Any) -> list[Node]:
     """Nodes that call one of `targets`, in graph order."""
     return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
+
+
+_KNOWN = {"aten", "prims", "inductor", "_c10d_functional", "zcompile", "zcompile_kernels"}
+"""Namespaces of operations that differentiate nothing on their own."""
+
+
+def foreign(graph: Graph) -> list[Node]:
+    """Calls of what may be written in Python by anybody: custom operations, and those that take functions."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_function"
+        and node.target is not operator.getitem
+        and getattr(node.target, "namespace", "") not in _KNOWN
+    ]
 
 
 def spec_of(node: Node) -> ParamSpec:

@@ -389,6 +389,13 @@ def alone(tensor: Tensor) -> bool:
     return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2)
 
 
+def below_autograd() -> AbstractContextManager[Any]:
+    """Operations of this thread are dispatched past autograd's kernels, some of which are Python (2.11, 2.13: those of collectives), though
+    nothing records. For code that differentiates nothing (2.11, 2.13: torch._C, as torch's own such kernels do it)."""
+    guard: AbstractContextManager[Any] = torch._C._AutoDispatchBelowAutograd()
+    return guard
+
+
 def profiling() -> bool:
     """Whether torch's profiler records (2.13: torch.autograd.profiler keeps the flag for its own fast path)."""
     from torch.autograd import profiler

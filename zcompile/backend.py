@@ -41,7 +41,7 @@ from zcompile.faults import memory
 from zcompile.options import Options
 from zcompile.passes import pin, runner
 from zcompile.passes.context import Context
-from zcompile.passes.nodes import GATHER, TRAFFIC, collective_of, find, spec_of
+from zcompile.passes.nodes import GATHER, TRAFFIC, collective_of, find, foreign, spec_of
 from zcompile.passes.verify import traffic
 from zcompile.program import Program
 
@@ -133,7 +133,7 @@ class Compilation:
             self.engine.graphs.append((stage, gm))
         collectives = [replace(collective_of(node), source=source(node)) for node in find(gm.graph, *TRAFFIC)]
         self.engine.note_sources(collectives)
-        order, compiled = pin.order(gm), traffic(gm)
+        order, compiled, direct = pin.order(gm), traffic(gm), not foreign(gm.graph)
         begin, misses = time.perf_counter(), code_cache_misses()
         code = self._generate(gm, example_inputs, details, order) if self.options.codegen else boxed(gm)
         program = Program(context.name, stage, self.engine, code, collectives, context.predicted, compiled)
@@ -141,6 +141,7 @@ class Compilation:
         program.peaks = memory.peaks(gm)
         program.seconds = {**context.seconds, "codegen": time.perf_counter() - begin}
         if self.options.codegen:
+            program.direct = direct
             program.code = "generated" if code_cache_misses() > misses else "loaded"
             if self.engine.runtime.rank == 0:
                 taken, together = program.seconds["codegen"], sum(program.seconds.values())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.profiler import record_function
 
-from zcompile._torch_compat import profiling
+from zcompile._torch_compat import below_autograd, profiling
 from zcompile.cost import Bytes
 from zcompile.faults.sites import Listed, about
 from zcompile.passes.nodes import Collective
@@ -31,6 +31,7 @@ class Program:
         expected: what the schedule expects of it, in seconds by the machine's data: see zcompile.passes.context.
         peaks: bytes that gathers, gradients, ... hold at most while it runs: see zcompile.faults.memory.
         reads: names of the parameters that it gathers.
+        direct: it calls nothing that might differentiate on its own, so autograd's kernels need not be asked.
         predicted, compiled: bytes one rank receives when it runs, by closed form and from the graph.
     """
 
@@ -49,6 +50,7 @@ class Program:
         self.peaks: dict[str, int] = {}
         self.code = "interpreted"
         self.reads: frozenset[str] = frozenset()
+        self.direct = False
 
     def entry(self) -> Callable[[list[Any]], Any]:
         """The function to hand to AOTAutograd: called with a list of inputs, which it empties."""
@@ -70,7 +72,8 @@ class Program:
                 engine.reads.compiled |= self.reads
             engine.running = self
             spans = record_function(f"zc {self.name}") if profiling() else contextlib.nullcontext()
-            with about(Listed(self.name, self.collectives)), spans:
+            past = below_autograd() if self.direct else contextlib.nullcontext()
+            with about(Listed(self.name, self.collectives)), spans, past:
                 out = self._code(inputs)
         except Exception as error:  # of a backward nobody else hears
             engine.runtime.broke_off(error)
