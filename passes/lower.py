@@ -74,6 +74,8 @@ def run(gm: GraphModule, context: Context) -> None:
             lowering.sync(group)
     lowering.erase()
     context.note(f"{len(buckets)} messages became {len(find(gm.graph, *COLLECTIVES))} collectives")
+    if lowering.in_place:
+        context.note(f"{lowering.in_place} parameters lie whole in memory that their level's ranks share: gathers of these move nothing")
 
 
 def check(gm: GraphModule, context: Context) -> None:
@@ -107,9 +109,12 @@ class _Lowering:
         self.reduced: dict[Node, tuple[Node, int]] = {}
         """per-parameter piece -> (its bucket's buffer, pieces in it): so that a sync finds the buffer of its own reduce."""
         self.replaced: list[Node] = []
+        self.in_place = 0
+        """Gathers that became views of their copies."""
 
     def gather(self, group: list[Node]) -> None:
         specs = [spec_of(node) for node in group]
+        self.in_place += len(specs) * specs[0].in_place
         wait = self.context.stage != "backward" and needs_wait(specs[0])
         given = any(user.op == "output" for node in group for user in node.users)
 

@@ -56,8 +56,9 @@ def check(gm: GraphModule, context: Context) -> None:
 def _kept(gathers: list[Node], context: Context) -> list[Node]:
     units: dict[str, list[Node]] = {}
     for node in reversed(gathers):  # units come in the order of their last reads, the last one first
-        if spec_of(node).w:  # a copy that is whole on each rank is there anyway
-            units.setdefault(spec_of(node).unit, []).append(node)
+        spec = spec_of(node)
+        if spec.w and not spec.in_place:  # what lies whole in this rank's memory is there anyway
+            units.setdefault(spec.unit, []).append(node)
     left, kept = context.keep, []
     for nodes in units.values():
         size = sum(map(_bytes, nodes))

@@ -85,7 +85,8 @@ def transfer_levels(spec: ParamSpec, transfer: str) -> Iterable[tuple[int, WireF
     m = len(spec.sizes)
     parse = WireFormat.parse
     if transfer == "gather":
-        yield from ((j, parse(spec.gather[j - 1]), transfer) for j in range(spec.w, 0, -1))
+        if not spec.in_place:
+            yield from ((j, parse(spec.gather[j - 1]), transfer) for j in range(spec.w, 0, -1))
     elif transfer == "reduce":
         yield from ((j, parse(spec.reduce[j - 1]), transfer) for j in range(1, spec.g + 1))
     elif transfer == "sync":

@@ -101,7 +101,7 @@ class Engine:
         self.device = device
         self.coordinates = tuple(runtime.coordinates)
         mesh = runtime.mesh(self.device.type if self.device.type != "meta" else "cpu")
-        self.units, self.slots = build(model, plan, mesh, self.coordinates, self.key, compute, device)
+        self.units, self.slots = build(model, plan, mesh, self.coordinates, self.key, compute, device, mapped=peers.mapped(runtime, device))
         peers.share(self.units, runtime, self.device)
         for slot in self.slots:
             if slot.master.requires_grad:
@@ -362,7 +362,7 @@ class Engine:
         """Model-state bytes on this rank by owner, optimizer state excluded."""
         return {
             "master": sum(u.master.numel() * u.master.itemsize for u in self.units),
-            "copy": sum(u.copy.numel() * u.copy.itemsize for u in self.units if u.cached),
+            "copy": sum(part.numel() * part.itemsize for u in self.units if u.cached for part in u.copied),
             "image": sum(u.image.numel() * u.image.itemsize for u in self.units if u.image is not None and u.coded),
             "main": sum(m.numel() * m.itemsize for m in self.window.mains.values()),
             "feedback": sum(e.numel() * e.itemsize for slot in self.slots for e in slot.errors.values()),

@@ -192,6 +192,7 @@ class ParamSpec:
         block: what its shards are padded to a multiple of, for quantisation; 1 for none.
         feedback: beta of the error feedback of its gradient, None for none.
         peer: whether a gather reads the copies of the other ranks where they lie: see `peer_level`.
+        mapped: whether those copies are memory that this rank's processor reads like its own: see `in_place`.
         unit: which unit's buffers hold it; `offset` and `unit_shard` say where: columns [offset, offset + shard) of unit_shard.
         record, unit_record: the same of a compute copy that is stored as codes, in bytes.
     """
@@ -218,6 +219,7 @@ class ParamSpec:
     record: int = 0
     unit_record: int = 0
     peer: bool = False
+    mapped: bool = False
 
     @cached_property
     def layout(self) -> Layout:
@@ -242,6 +244,13 @@ class ParamSpec:
         those of several levels, or the copy is the master itself."""
         hops = [level for level in range(1, self.w + 1) if self.sizes[level - 1] > 1]
         return hops[0] if self.peer and len(hops) == 1 and self.layout.numel and self.has_copy else 0
+
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether the copies of the ranks of `peer_level` are parts of one buffer that all of them have mapped, [E_o, shard] for each
+        parameter of a unit, one behind another: a gather is a view of it, and moves nothing. Plain values can lie so; codes are
+        dequantised by each rank, and an image is its own."""
+        return self.mapped and bool(self.peer_level) and not self.stored.quantized and not self.delta
 
     @cached_property
     def delta(self) -> bool:
@@ -304,7 +313,7 @@ class ParamSpec:
         """Parameters with equal chains can share messages: same placements, formats and levels."""
         return (
             self.topology, self.w, self.g, self.o, self.compute, self.gather, self.reduce, self.sync, self.back, self.refresh,
-            self.block, self.feedback, self.peer
+            self.block, self.feedback, self.peer, self.mapped
         )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def _beginning(padded: Tensor, shape: Sequence[int]) -> Tensor:
 @dataclass(eq=False)
 class Unit:
     """Parameters that travel together: `master` [unit_shard] fp32; `copy`, stored as the first gather hop sends it, [E_o / E_w, unit_shard]
-    or [E_o / E_w, unit_record] bytes (the master itself if they agree)."""
+    or [E_o / E_w, unit_record] bytes (the master itself if they agree), or with other ranks' in one buffer (`ParamSpec.in_place`)."""
 
     name: str
     specs: list[ParamSpec]
@@ -102,8 +102,8 @@ class Unit:
     copy: Tensor
     image: Tensor | None
     """[E_o / E_w, unit_shard] in the compute dtype, with a delta refresh: see Note [Images]."""
-    row: int
-    """Which row of copy and image is that of this rank's masters."""
+    shard: int
+    """Which of the E_o shards is that of this rank's masters."""
     full_every: int
     slots: list[Slot] = field(default_factory=list)
     writes: int = 0
@@ -120,6 +120,24 @@ class Unit:
     @property
     def first(self) -> ParamSpec:
         return self.specs[0]
+
+    @property
+    def rows(self) -> int:
+        """Shards of each parameter that this rank's copy holds."""
+        return self.first.layout.shards // self.first.layout.extents[self.first.w]
+
+    @property
+    def row(self) -> int:
+        """Which of them is that of this rank's masters."""
+        return self.shard % self.rows
+
+    @property
+    def copied(self) -> list[Tensor]:
+        """This rank's own part of the copy: [rows, shard] for each parameter where it is `in_place`, else all of it."""
+        if not self.first.in_place:
+            return [self.copy]
+        begin = self.shard - self.row
+        return [transfers.shards_in(self.copy, spec).narrow(0, begin, self.rows) for spec in self.specs]
 
     @property
     def cached(self) -> bool:
@@ -225,8 +243,9 @@ def grouped(
             visit = (blocks[module], visit[1] + 1)
         # Of vectors a block has too few for a message: they travel with those of the next blocks.
         block, limit = (None, min(VECTOR_BYTES, bucket)) if vector else (visit, bucket)
-        key = (block, w, g, o, dtype, parameter.requires_grad, vector, parameter.device, wires)
         size = parameter.numel() * dtype.itemsize
+        # What has no elements says of no unit how its copy lies: nothing of it travels.
+        key = (block, w, g, o, dtype, parameter.requires_grad, vector, parameter.device, wires, not size)
         if key not in open_runs or (filled[key] + size > limit and filled[key]):
             open_runs[key] = []
             filled[key] = 0
@@ -237,12 +256,13 @@ def grouped(
 
 
 def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: tuple[int, ...], engine: str,
-          compute: dict[str, torch.dtype], device: torch.device) -> tuple[list[Unit], list[Slot]]:  # fmt: skip
+          compute: dict[str, torch.dtype], device: torch.device, mapped: bool = False) -> tuple[list[Unit], list[Slot]]:  # fmt: skip
     """Shard every parameter of `model` in place: its Parameter becomes a DTensor master under the same name.
 
     Args:
         compute: name -> dtype in which a forward sees the parameter.
         device: of the masters. Those of parameters on the meta device begin at zero: see zcompile.deferred.
+        mapped: of the specs; zcompile.peers then provides the copies of those that are `in_place`.
 
     Returns:
         units and slots in registration order. The plain parameters are emptied, so that a forgotten reference fails loudly.
@@ -252,7 +272,8 @@ def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: t
     slots: list[Slot] = []
     for number, run in enumerate(list(grouped(model, plan, compute))):
         unit_name = f"u{number}"
-        specs = side_by_side([ParamSpec(**fields, unit=unit_name, offset=0, unit_shard=0) for _, fields in run])
+        bare = [ParamSpec(**fields, unit=unit_name, offset=0, unit_shard=0, mapped=mapped) for _, fields in run]
+        specs = side_by_side(bare)
         first = specs[0]
         for spec in specs:
             spec.feedback_widths()  # raises where error feedback cannot be had
@@ -267,7 +288,7 @@ def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: t
             image = copy if stored == as_seen else torch.zeros(rows * first.unit_shard, dtype=as_seen, device=device)
             image = image.view(rows, -1)
         unit = Unit(
-            unit_name, specs, master, copy, image, layout.index(coordinates) % rows, plan.plan.full_refresh_every
+            unit_name, specs, master, copy, image, layout.index(coordinates), plan.plan.full_refresh_every
         )
         units.append(unit)
         for (plain, _), spec in zip(run, specs, strict=True):

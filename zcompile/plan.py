@@ -108,7 +108,8 @@ class Plan:
     error_feedback: None, or beta in [0, 1): what quantising a gradient loses on this rank is added to its next one. The state is
     beta times the old one and 1 - beta times the new loss (LoCo's moving average; 0: the loss itself).
     peer_gather: gathers read the copies of the other ranks where they lie in memory, without messages: shared memory of a host on CPUs,
-    symmetric memory on GPUs. For weights over one level, of ranks that can see one another's memory.
+    where native copies are parts of one buffer, of which a gather is a view; symmetric memory on GPUs. For weights over one level, of
+    ranks that can see one another's memory.
     bucket_bytes: bytes of weights, in the compute dtype, that travel together, of one block at most. None: so many that no level's
     latency matters much (zcompile.times.message_bytes; 25 to 400 MiB).  name: a label.
 

@@ -65,7 +65,13 @@ def run_hops(unit: Unit, full: bool = True) -> Iterator[int]:
     yield 0
     geometry = transfers.flat_geometry(rows, specs)
     if image is None:
-        unit.copy.copy_(transfers.convert(x, have, first.stored, geometry))
+        stored = transfers.convert(x, have, first.stored, geometry)
+        if first.in_place:
+            columns = stored.view(rows, -1)
+            for own, spec in zip(unit.copied, specs, strict=True):
+                own.copy_(columns.narrow(1, spec.offset, spec.layout.shard))
+        else:
+            unit.copy.copy_(stored)
         return
     if delta:
         transfers.kernels.apply_delta(image, x, geometry.text, have.code.text)

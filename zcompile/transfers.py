@@ -130,13 +130,16 @@ def gather(copy: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
     """Placement W down to whole.
 
     Args:
-        copy: the compute copy of the unit of `specs`: [E_o / E_w, unit_shard], or [.., unit_record] bytes.
+        copy: the compute copy of the unit of `specs`: [E_o / E_w, unit_shard], or [.., unit_record] bytes; all ranks' in one buffer where
+            they are `in_place`.
         specs: parameters of one unit, in its order.
 
     Returns:
         each whole parameter in its own shape and the compute dtype; quantised ones share one buffer.
     """
     first = specs[0]
+    if first.in_place:
+        return [unpack(shards_in(copy, spec), spec.layout).to(dtype(spec.compute)) for spec in specs]
     if reads_peers(specs):
         level, geometry = first.peer_level, whole_geometry(specs)
         role, size = first.role(level, "gather"), first.sizes[level - 1]
@@ -159,9 +162,15 @@ def gather(copy: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
 
 
 def reads_peers(specs: Sequence[ParamSpec]) -> bool:
-    """Whether a gather of these reads the copies of other ranks directly: only whole units are, parts of one travel as messages."""
+    """Whether a gather of these copies what other ranks have in their memory: only whole units are, parts of one travel as messages."""
     first = specs[0]
-    return bool(first.peer_level) and first.unit_shard == sum(spec.layout.shard for spec in specs)
+    return bool(first.peer_level) and not first.in_place and first.unit_shard == sum(spec.layout.shard for spec in specs)
+
+
+def shards_in(copy: Tensor, spec: ParamSpec) -> Tensor:
+    """[E_o, shard]: one parameter of an `in_place` unit in the buffer of all ranks' copies."""
+    shards, shard = spec.layout.shards, spec.layout.shard
+    return copy.narrow(0, shards * spec.offset, shards * shard).view(shards, shard)
 
 
 def _wholes(buffer: Tensor, geometry: Geometry, specs: Sequence[ParamSpec]) -> list[Tensor]:

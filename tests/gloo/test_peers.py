@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import functools
 import os
@@ -14,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.spawn import Pool
 from support.training import received
 from torch import nn
@@ -22,6 +24,7 @@ from zcompile import Plan, full_state_dict, hierarchical_zero, peers, refresh, t
 from zcompile.kernels import ops as kernels
 from zcompile.kernels import peers as memory
 from zcompile.passes import pin
+from zcompile.passes.context import Context
 
 Ranks = Callable[[int], Pool]
 FORMATS: dict[str, dict[str, Any]] = {
@@ -33,14 +36,15 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 
 class Awkward(nn.Module):
-    """Rows that the ranks do not divide evenly, a bias, a norm."""
+    """A vector without elements, rows that the ranks do not divide evenly, a bias, a norm."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.nothing = nn.Parameter(torch.empty(0))
         self.first, self.norm, self.second = nn.Linear(24, 50), nn.LayerNorm(50), nn.Linear(50, 9)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.second(self.norm(torch.tanh(self.first(x))))
+        y: torch.Tensor = self.second(self.norm(torch.tanh(self.first(x)))) + self.nothing.sum()
         return y.square().mean()
 
 
@@ -63,6 +67,7 @@ def train(
         if last:
             optimizer.step()
             optimizer.zero_grad()
+    in_place = [spec for unit in model.zero.units for spec in unit.specs if spec.in_place]
     ops = {entry.op for program in model.zero.programs for entry in program.collectives if entry.transfer == "gather"}
     return {
         "losses": losses,
@@ -70,6 +75,8 @@ def train(
         "gather": received(model, "gather"),
         "barrier": received(model, "barrier") if peer else {},
         "ops": ops,
+        "direct": [program.direct for program in model.zero.programs],
+        "in place": sum(spec.layout.shard * spec.layout.shards // 2 * 2 for spec in in_place),
     }
 
 
@@ -92,11 +99,16 @@ def test_bits_and_bytes_are_those_of_messages(
     else:
         plain, read = (ranks(4).run(train, formats, peer, 0, False, timeout=120.0) for peer in (False, True))
     for a, b in zip(plain, read, strict=True):
-        assert a["losses"] == b["losses"] and a["gather"] == b["gather"]
+        assert a["losses"] == b["losses"]
+        all_in_place = formats == "native"
+        if all_in_place:
+            assert b["gather"] == {}
+        else:  # vectors lie in place: read by both forwards of a step, and at most by both backwards
+            assert 0 < 2 * b["in place"] <= a["gather"]["node"] - b["gather"]["node"] <= 4 * b["in place"]
         assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
         if formats in COMPILED:
             # The backward needs one weight of a unit of two: a part of a unit comes as a message.
-            assert a["ops"] == {"all_gather"} and b["ops"] == {"all_gather", "peer_read"}
+            assert a["ops"] == {"all_gather"} and b["ops"] == (set() if all_in_place else {"all_gather", "peer_read"})
         assert b["barrier"].keys() == {"node"}, "2x2 has no pair: the node is its fastest level"
     assert not list(peers.FOLDER.glob("zcompile-*")), "no name is left"
 
@@ -131,14 +143,15 @@ def test_bits_and_order_through_inductor(ranks: Ranks) -> None:
         assert a["losses"] == b["losses"]
         assert all(torch.equal(a["weights"][name], b["weights"][name]) for name in a["weights"])
         assert not any(a["peer gathers"]) and any(b["peer gathers"])
+        assert all(a["direct"]) and all(b["direct"]) and len(b["direct"]) == 2
 
 
-def slow_writer(rank: int) -> list[list[float]]:
+def slow_writer(rank: int, formats: str) -> list[list[float]]:
     """Losses of three runs from the same weights: as it is; where rank 1 writes its copies late; and so without the barrier, where rank 0
     reads what was there before."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    plan = Plan.preset("zero_topo", peer_gather=True, **FORMATS["int8"])
+    plan = Plan.preset("zero_topo", peer_gather=True, **FORMATS[formats])
     model: Any = hierarchical_zero(Awkward(), topology="2x2", plan=plan, compute_dtype=torch.bfloat16, codegen=False)
     begin = {name: value.clone() for name, value in model.state_dict().items()}
     right, taken_out = refresh.run_hops, mock.patch.object(transfers, "barrier", lambda *arguments: None)
@@ -169,11 +182,95 @@ def two_steps(rank: int, model: Any) -> list[float]:
     return losses
 
 
-def test_nobody_reads_a_copy_before_it_is_written(ranks: Ranks) -> None:
-    runs = ranks(4).run(slow_writer, timeout=120.0)
+@pytest.mark.parametrize("formats", ["int8", "native"])
+def test_nobody_reads_a_copy_before_it_is_written(ranks: Ranks, formats: str) -> None:
+    runs = ranks(4).run(slow_writer, formats, timeout=120.0)
     expected, with_barrier, without = ([run[which] for run in runs] for which in range(3))
     assert with_barrier == expected
     assert without != expected, "without the barrier this test sees it"
+
+
+PAUSE = [0.0]
+
+
+@torch.library.custom_op("zcompile_tests::pause", mutates_args=())
+def pause(x: torch.Tensor) -> torch.Tensor:
+    time.sleep(PAUSE[0])
+    return x.clone()
+
+
+pause.register_fake(torch.empty_like)
+
+
+class Pausing(Awkward):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(self.norm(pause(torch.tanh(self.first(x)))))
+        return y.square().mean()
+
+
+def late_reader(rank: int, without: bool) -> list[float]:
+    """Losses of forwards, between which all masters change; rank 1 pauses in the middle of the last but one. Without the barrier rank 0
+    writes, meanwhile, what rank 1 has yet to read."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plan = Plan.preset("zero_topo", peer_gather=True)
+    model: Any = hierarchical_zero(Pausing(), topology="2x2", plan=plan, compute_dtype=torch.bfloat16, codegen=False)
+    x = torch.randn(4, 24, generator=torch.Generator().manual_seed(1))
+    taken_out = mock.patch.object(transfers, "barrier", lambda *arguments: None)
+    losses = []
+    with torch.no_grad(), taken_out if without else contextlib.nullcontext():
+        for number in range(6):
+            PAUSE[0] = 0.5 if (rank, number) == (1, 4) else 0.0
+            losses.append(model(x).item())
+            for master in model.parameters():
+                master.mul_(1.5)
+    return losses
+
+
+def test_nobody_writes_what_another_rank_has_yet_to_read(ranks: Ranks) -> None:
+    pool = ranks(4)
+    expected = pool.run(late_reader, False, timeout=60.0)
+    assert all(losses == expected[0] for losses in expected), "all ranks see the same"
+    assert pool.run(late_reader, True, timeout=60.0)[1] != expected[1], "without the barrier this test sees it"
+
+
+def in_place(rank: int) -> dict[str, Any]:
+    """What lies in one buffer of two ranks, who writes what of it, and what is kept for a backward when `keep` has room for all."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    dense = Awkward()
+    plan = Plan.preset("zero_topo", peer_gather=True)
+    model: Any = hierarchical_zero(copy.deepcopy(dense), topology="2x2", plan=plan, compute_dtype=torch.bfloat16, codegen=False,
+                                   keep=1 << 20, checks="checksums")  # fmt: skip
+    notes: list[str] = []
+    with mock.patch.object(Context, "note", lambda self, text: notes.append(text)):
+        model(torch.randn(4, 24)).backward()
+    units = model.zero.units
+    wholes = {spec.name: transfers.gather(unit.copy, [spec])[0] for unit in units for spec in unit.specs}
+    right = {name: torch.equal(value, wholes[name].float()) for name, value in dense.bfloat16().float().state_dict().items()}
+    dist.barrier()
+    for unit in units:
+        for part in unit.copied:
+            part.fill_(1.0 + rank)
+    dist.barrier()
+    return {
+        "right": right,
+        "notes": [note for note in notes if "lie whole" in note],
+        "written": [sorted(unit.copy.unique().tolist()) for unit in units if unit.copy.numel()],
+        "halves": [2 * sum(part.numel() for part in unit.copied) == unit.copy.numel() for unit in units],
+        "memory": model.zero.memory()["copy"] * 2 == sum(unit.copy.numel() * unit.copy.itemsize for unit in units),
+        "kept": [name for program in model.zero.programs for name in program.reads if program.stage == "backward"],
+    }
+
+
+def test_native_copies_of_a_host_lie_in_one_buffer(ranks: Ranks) -> None:
+    for rank, found in enumerate(ranks(4).run(in_place, timeout=120.0)):
+        both = [1.0, 2.0] if rank < 2 else [3.0, 4.0]
+        assert all(found["right"].values()) and len(found["right"]) == 7
+        assert found["written"] == [both] * 2, "each writes its part, and sees the other's"
+        assert all(found["halves"]) and found["memory"]
+        assert found["notes"][0].startswith("6 parameters lie whole in memory that their level's ranks share")
+        assert found["kept"], "nothing of it is kept for a backward, which reads it there too"
 
 
 def refused(rank: int, how: str) -> str:
