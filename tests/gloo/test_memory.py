@@ -86,6 +86,7 @@ def gathered(rank: int, layers: int, bias: bool = False, overlap: int = 2) -> li
     from zcompile import params
     from zcompile.backend import Compilation
 
+    torch.manual_seed(0)  # whatever ran on these ranks before
     with mock.patch.object(params, "VECTOR_BYTES", 512):
         wrapped = hierarchical_zero(
             nn.Sequential(*(nn.Linear(32, 32, bias) for _ in range(layers))),
@@ -127,6 +128,7 @@ def test_vectors_that_travel_together_are_bounded_too(ranks: Any) -> None:
 
 
 def refresh_threads(rank: int) -> int:
+    torch.manual_seed(0)
     for _ in range(3):
         wrapped = hierarchical_zero(nn.Linear(8, 8), topology="2x2x2", plan="zero_topo", compile=False)
         wrapped(torch.ones(2, 8)).sum().backward()
