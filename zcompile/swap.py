@@ -137,7 +137,7 @@ class Exchange(dist.Work):
 
 def do_not_preempt() -> None:
     """From now on no thread of gloo's in this process interrupts another thread when a message wakes it (Linux's SCHED_BATCH; it keeps its
-    share of the processor).
+    share of the processor). They are known by their names, which they have from torch 2.13 on; with older ones nothing changes.
 
     A thread that sends holds its connection's lock, and gloo's own thread asks the kernel for that connection's events again and again
     for as long. Where ranks share cores, the message wakes its receiver, which interrupts the sender at that point: docs/bench.md says

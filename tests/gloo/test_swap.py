@@ -141,5 +141,6 @@ def policies(rank: int) -> dict[bool, set[int]]:
     return found
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="gloo gives its threads no names before torch 2.13, so none is found")
 def test_threads_of_gloo_do_not_interrupt_those_that_send(ranks: Ranks) -> None:
     assert ranks(4).run(policies) == [{True: {os.SCHED_BATCH}, False: {os.SCHED_OTHER}}] * 4
