@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from zcompile._torch_compat import FakeTensorMode
 from zcompile.passes.nodes import foreign
 from zcompile.program import Program
 
@@ -32,8 +33,6 @@ def test_operations_of_torch_and_ours_are_not_foreign() -> None:
         whole = torch.ops._c10d_functional.wait_tensor(sent)
         message = torch.ops.zcompile_kernels.quantize([whole], "[1,0,[[4,4]]]", "int8/32/bf16/nearest")
         return torch.ops.prims.convert_element_type(message, torch.float32)
-
-    from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert foreign(graph(function)) == []
