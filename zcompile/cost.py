@@ -150,11 +150,10 @@ def state_bytes(specs: Iterable[ParamSpec], copies: Mapping[str, int], accumulat
     out = dict.fromkeys(("master", "copy", "image", "main", "gradient", "moments", "feedback"), 0)
     for spec in specs:
         layout = spec.layout
-        rows = layout.shards // layout.extents[spec.w]
         out["master"] += 4 * layout.shard
-        out["copy"] += copies.get(spec.name, 0) * rows * spec.stored.bytes(layout.shard)
+        out["copy"] += copies.get(spec.name, 0) * spec.held * spec.stored.bytes(layout.shard)
         if spec.delta and spec.stored.quantized:
-            out["image"] += WireFormat.parse("native").resolved(spec.compute).bytes(rows * layout.shard)
+            out["image"] += WireFormat.parse("native").resolved(spec.compute).bytes(spec.held * layout.shard)
         out["main"] += 4 * layout.width(spec.g) if accumulating else 0
         out["gradient"] += 4 * layout.shard
         out["moments"] += 8 * layout.shard

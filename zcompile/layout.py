@@ -234,6 +234,11 @@ class ParamSpec:
         return WireFormat.parse(COMPUTE_FORMATS[self.compute])
 
     @cached_property
+    def held(self) -> int:
+        """Shards of it in one rank's compute copy: E_o / E_w."""
+        return self.layout.shards // self.layout.extents[self.w]
+
+    @cached_property
     def has_copy(self) -> bool:
         """Whether there is a compute copy of its own: else the master is what gathers send."""
         return self.stored.text != "fp32" or self.layout.extents[self.w] != self.layout.shards

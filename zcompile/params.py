@@ -102,7 +102,7 @@ class Unit:
     copy: Tensor
     image: Tensor | None
     """[E_o / E_w, unit_shard] in the compute dtype, with a delta refresh: see Note [Images]."""
-    shard: int
+    index: int
     """Which of the E_o shards is that of this rank's masters."""
     full_every: int
     slots: list[Slot] = field(default_factory=list)
@@ -122,22 +122,17 @@ class Unit:
         return self.specs[0]
 
     @property
-    def rows(self) -> int:
-        """Shards of each parameter that this rank's copy holds."""
-        return self.first.layout.shards // self.first.layout.extents[self.first.w]
-
-    @property
     def row(self) -> int:
-        """Which of them is that of this rank's masters."""
-        return self.shard % self.rows
+        """Which row of copy and image is that of this rank's masters."""
+        return self.index % self.first.held
 
     @property
     def copied(self) -> list[Tensor]:
-        """This rank's own part of the copy: [rows, shard] for each parameter where it is `in_place`, else all of it."""
+        """This rank's own part of the copy: [E_o / E_w, shard] for each parameter where it is `in_place`, else all of it."""
         if not self.first.in_place:
             return [self.copy]
-        begin = self.shard - self.row
-        return [transfers.shards_in(self.copy, spec).narrow(0, begin, self.rows) for spec in self.specs]
+        begin = self.index - self.row
+        return [transfers.shards_in(self.copy, spec).narrow(0, begin, spec.held) for spec in self.specs]
 
     @property
     def cached(self) -> bool:
@@ -278,17 +273,16 @@ def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: t
         for spec in specs:
             spec.feedback_widths()  # raises where error feedback cannot be had
         master = torch.zeros(first.unit_shard, dtype=MASTER, device=device)
-        rows, layout = first.layout.shards // first.layout.extents[first.w], first.layout
         stored = transfers.dtype(first.stored.text)
         row_width = first.unit_record if first.stored.quantized else first.unit_shard
-        copy = torch.zeros(rows * row_width, dtype=stored, device=device) if first.has_copy else master
+        copy = torch.zeros(first.held * row_width, dtype=stored, device=device) if first.has_copy else master
         image = None
         if first.delta:
             as_seen = transfers.dtype(first.compute)
-            image = copy if stored == as_seen else torch.zeros(rows * first.unit_shard, dtype=as_seen, device=device)
-            image = image.view(rows, -1)
+            image = copy if stored == as_seen else torch.zeros(first.held * first.unit_shard, dtype=as_seen, device=device)
+            image = image.view(first.held, -1)
         unit = Unit(
-            unit_name, specs, master, copy, image, layout.index(coordinates), plan.plan.full_refresh_every
+            unit_name, specs, master, copy, image, first.layout.index(coordinates), plan.plan.full_refresh_every
         )
         units.append(unit)
         for (plain, _), spec in zip(run, specs, strict=True):

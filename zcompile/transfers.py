@@ -148,11 +148,10 @@ def gather(copy: Tensor, specs: Sequence[ParamSpec]) -> list[Tensor]:
             kernels.peer_gather(copy, size, role, geometry.text, code, dtype(first.compute)), geometry, specs
         )
     hops = ((level, first.gather[level - 1]) for level in range(first.w, 0, -1))
-    rows = first.layout.shards // first.layout.extents[first.w]
     mine = (
         columns(copy, specs).reshape(-1).contiguous()
     )  # columns of one element would be a view with a stride (torch < 2.13 refuses it)
-    x, have, rows = gather_hops(mine, first.stored, hops, specs, "gather", rows)
+    x, have, rows = gather_hops(mine, first.stored, hops, specs, "gather", first.held)
     if have.quantized:
         geometry = whole_geometry(specs)
         return _wholes(kernels.dequantize(x, geometry.text, have.code.text, dtype(first.compute)), geometry, specs)
@@ -314,7 +313,7 @@ def columns(copy: Tensor, specs: Sequence[ParamSpec]) -> Tensor:
     first = specs[0]
     coded = first.stored.quantized
     rows = copy.view(
-        first.layout.shards // first.layout.extents[first.w], first.unit_record if coded else first.unit_shard
+        first.held, first.unit_record if coded else first.unit_shard
     )
     runs: list[list[int]] = []
     for spec in specs:

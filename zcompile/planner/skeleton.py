@@ -281,7 +281,7 @@ class Skeleton:
         """fresh: the copy is known to be (in a backward), else the graph waits for it."""
         specs = piece.travelling("gather", backward=fresh)
         first, names = specs[0], tuple(spec.name for spec in specs)
-        rows = first.layout.shards // first.layout.extents[first.w]
+        rows = first.held
         size = sum(rows * spec.stored.bytes(spec.layout.shard) for spec in specs)
         x = nodes.input(f"copy_{first.unit}", size)
         x.meta[TRANSFER] = "gather"
