@@ -181,8 +181,10 @@ def test_bad_input_is_refused_before_anything_starts(
 
 
 def test_the_short_names_are_plans() -> None:
-    for name in (*systems.OURS, *systems.DEFAULT):
-        systems.parse(name)
+    for name in systems.OURS:
+        found: Any = systems.parse(name)
+        assert found.func is systems.ours and found.keywords["plan"].peer_gather, name
+    assert all(callable(systems.parse(name)) for name in systems.DEFAULT)
 
 
 def test_rates_are_a_ranks_share_of_a_link() -> None:
