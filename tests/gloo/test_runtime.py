@@ -64,8 +64,9 @@ def test_functional_collectives_are_counted_by_level_transfer_and_op(ranks: Rank
         assert totals == {("node", "gather"): (1, 4), ("cluster", "reduce"): (1, 8)}
 
 
-def _strays(rank: int) -> dict[str, Any]:
+def _strays(rank: int, checksums: bool) -> dict[str, Any]:
     here = runtime("2x2")
+    here.verify_messages(checksums)
     name = here.role(1, "sync")
     group = compat.resolve_group(name)
     x = torch.ones(4)
@@ -93,11 +94,13 @@ def _strays(rank: int) -> dict[str, Any]:
         before = here.counters
         call()
         counted[title] = (here.counters - before).rows
+    here.verify_messages(False)
     return counted
 
 
-def test_a_stray_collective_under_a_role_name_is_seen(ranks: Ranks) -> None:
-    for rank, counted in enumerate(ranks(4).run(_strays)):
+@pytest.mark.parametrize("checksums", [False, True])
+def test_a_stray_collective_under_a_role_name_is_seen(ranks: Ranks, checksums: bool) -> None:
+    for rank, counted in enumerate(ranks(4).run(_strays, checksums)):
         root = rank % 2 == 0
         expected = {
             "functional all_reduce": ("all_reduce", 16),

@@ -35,9 +35,11 @@ def launch(group: Any, op: str, args: tuple[Any, ...], site: Site) -> Callable[[
     """Send the sums of what `group` is about to send; returns the comparison to make when it has arrived. None for other collectives
     than gathers and all-to-alls in equal parts.
     """
+    if op not in ("all_gather", "all_to_all"):
+        return None
     uneven = op == "all_to_all" and any(len(set(split)) > 1 for split in args[2:4] if split)
     output, mine = _tensor(args[0]), _tensor(args[1])
-    if op not in ("all_gather", "all_to_all") or uneven or output is None or mine is None:
+    if uneven or output is None or mine is None:
         return None
     size, own = group.size(), group.rank()
     parts = [mine] * size if op == "all_gather" else list(mine.reshape(size, -1))
