@@ -40,6 +40,7 @@ from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state  # read from torch 2.13
 from torch._subclasses import FakeTensorMode  # read from torch 2.13
+from torch.autograd import profiler
 from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import (
     allow_inflight_collective_as_graph_input_ctx,
@@ -384,9 +385,9 @@ class KeepOrder(getattr(custom_graph_pass, "CustomSchedulerPass", CustomGraphPas
         return f"zcompile: launches and waits in order, and {', '.join(map(str, self.beside))}"
 
 
-def alone(tensor: Tensor) -> bool:
-    """Whether no other tensor shares its storage (2.11, 2.13: a storage counts its holders, of which the asking wrapper is one)."""
-    return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2)
+def holders(storage: torch.UntypedStorage) -> int:
+    """How many tensors and others hold a storage, of which its Python object, the asking one, is one (2.11, 2.13: torch._C)."""
+    return torch._C._storage_Use_Count(storage._cdata)  # type: ignore[no-any-return]
 
 
 def below_autograd() -> AbstractContextManager[Any]:
@@ -398,8 +399,6 @@ def below_autograd() -> AbstractContextManager[Any]:
 
 def profiling() -> bool:
     """Whether torch's profiler records (2.13: torch.autograd.profiler keeps the flag for its own fast path)."""
-    from torch.autograd import profiler
-
     return bool(getattr(profiler, "_is_profiler_enabled", False))
 
 

@@ -2,26 +2,21 @@
 the kernel page by page, each cleared and charged when it is first written (docs/bench.md says what that costs), and goes back when it is
 dropped, in every hop of every step.
 
-A block is lent as the storage of a tensor. It comes back when that storage is gone: with the last tensor, view or hop under way that
-holds it. So nobody says that he is done with a block, and none is lent twice.
+A block is lent as the storage of a tensor, and is idle again when nobody but the pool holds that storage: no tensor, view or hop under way.
+So nobody says that he is done with a block, and none is lent twice.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections import deque
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from zcompile import _torch_compat as compat
 
 SMALLEST = 128 << 10
 """Bytes: what the C library takes from its heap, not from the kernel, at first (mallopt(3), M_MMAP_THRESHOLD)."""
-
-Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 class Pool:
@@ -30,58 +25,61 @@ class Pool:
 
     Attributes:
         made: blocks that were allocated so far.
-        held, lent, most: bytes of all blocks; of those that are lent; of the most that ever were at one time.
+        held: bytes of all blocks.
+        most: bytes of the most that ever were lent at one time, as far as blocks had to be made for it.
     """
 
     def __init__(self) -> None:
-        self.made = self.held = self.lent = self.most = 0
-        self._idle: list[Bytes] = []
-        """The one that has been idle longest first."""
-        self._back: deque[Bytes] = deque()
-        """Filled by whichever thread drops a storage, without a lock: it may be holding this one."""
+        self.made = self.held = self.most = 0
+        self._blocks: list[UntypedStorage] = []
+        """What was lent last is the last one."""
         self._lock = threading.Lock()
+
+    @property
+    def lent(self) -> int:
+        """Bytes of the blocks that somebody holds."""
+        with self._lock:
+            return sum(block.nbytes() for block in self._blocks if not _idle(block))
 
     def land(self, tensor: Tensor) -> None:
         """From here on `tensor`, contiguous, whose values nobody wants, lies in a block. Not if it is small, or a part of a storage, or one
         of several tensors that share theirs."""
-        size = tensor.numel() * tensor.itemsize
-        if size < SMALLEST or tensor.device.type != "cpu" or not compat.alone(tensor):
+        if not tensor.is_cpu:
             return
-        if tensor.untyped_storage().nbytes() != size:
+        own = tensor.untyped_storage()
+        size = own.nbytes()
+        if size < SMALLEST or size != tensor.nbytes or compat.holders(own) != 2:  # of the tensor and of `own`
             return
-        block = self._take(size)
-        loan = block[:]  # an object of its own, which only the storage holds
-        weakref.finalize(loan, self._back.append, block).atexit = False
-        tensor.set_(torch.from_numpy(loan).view(tensor.dtype).untyped_storage(), 0, tensor.shape, tensor.stride())
+        with self._lock:
+            tensor.set_(self._block(size), 0, tensor.shape, tensor.stride())  # type: ignore[call-overload]
 
     def clear(self) -> None:
         """Give up what is idle, and forget how much was ever lent: another job begins."""
         with self._lock:
-            self._collect()
-            self.held -= sum(block.nbytes for block in self._idle)
-            self._idle.clear()
-            self.most = self.lent
+            self._blocks = [block for block in self._blocks if not _idle(block)]
+            self.held = self.most = sum(block.nbytes() for block in self._blocks)
 
-    def _take(self, size: int) -> Bytes:
-        with self._lock:
-            self._collect()
-            self.lent += size
-            self.most = max(self.most, self.lent)
-            for at in range(len(self._idle) - 1, -1, -1):  # what was used last may still be in a cache
-                if self._idle[at].nbytes == size:
-                    return self._idle.pop(at)
-            self.held += size
-            while self.held > self.most:
-                self.held -= self._idle.pop(0).nbytes
-            self.made += 1
-        made: Bytes = torch.empty(size, dtype=torch.uint8).numpy()  # which is aligned as torch's kernels like it
+    def _block(self, size: int) -> UntypedStorage:
+        for at in range(len(self._blocks) - 1, -1, -1):  # what was used last may still be in a cache
+            block = self._blocks[at]
+            if block.nbytes() == size and _idle(block):
+                self._blocks.append(self._blocks.pop(at))
+                return block
+        self.held += size
+        self.most = max(self.most, size + sum(block.nbytes() for block in self._blocks if not _idle(block)))
+        for block in [block for block in self._blocks if _idle(block)]:
+            if self.held <= self.most:
+                break
+            self._blocks.remove(block)
+            self.held -= block.nbytes()
+        self.made += 1
+        made = torch.empty(size, dtype=torch.uint8).untyped_storage()  # which is aligned as torch's kernels like it
+        self._blocks.append(made)
         return made
 
-    def _collect(self) -> None:
-        while self._back:
-            block = self._back.popleft()
-            self.lent -= block.nbytes
-            self._idle.append(block)
+
+def _idle(block: UntypedStorage) -> bool:
+    return compat.holders(block) == 1  # the pool
 
 
 POOL = Pool()
