@@ -7,7 +7,6 @@ role is one purpose.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import threading
@@ -161,7 +160,8 @@ def _all_gather(group: CountingGroup, args: tuple[Any, ...]) -> int:
 def _all_to_all_single(group: CountingGroup, args: tuple[Any, ...]) -> int:
     output, splits = args[0], args[2] if len(args) > 2 else []
     if not splits:
-        return _bytes(output) - _bytes(output) // group.size()
+        total = _bytes(output)
+        return total - total // group.size()
     own: int = splits[group.rank()] * math.prod(output.shape[1:]) * output.element_size()
     return _bytes(output) - own
 
@@ -229,15 +229,22 @@ _COLLECTIVES: dict[str, tuple[Received, tuple[str, ...]]] = {
 
 
 def _counted(op: str, method: str, received: Received) -> Callable[..., Any]:
+    swapped = METHODS.get(method)
+
+    def start(self: CountingGroup, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        work = swapped(self.swap, args, self.stream) if swapped is not None and self.swap is not None else None
+        return getattr(self.inner, method)(*args, **keywords) if work is None else work
+
     def collective(self: CountingGroup, *args: Any, **keywords: Any) -> Any:
         label = f"{self.level} {self.transfer} {next(_NUMBERS)}" if compat.profiling() else ""
         if self.disturb is not None:
             self.disturb.launch(self.level, args[0])
 
         def launch() -> Any:
-            with record_function(f"zc launch {label}") if label else contextlib.nullcontext():
-                work = METHODS[method](self.swap, args, self.stream) if self.swap and method in METHODS else None
-                return getattr(self.inner, method)(*args, **keywords) if work is None else work
+            if not label:
+                return start(self, args, keywords)
+            with record_function(f"zc launch {label}"):
+                return start(self, args, keywords)
 
         work = launch() if self.watch is None else Flight.launch(launch, self, self.watch, op, args, label)
         self.tally.add((self.level, self.transfer, op), received(self, args))

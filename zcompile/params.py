@@ -116,6 +116,8 @@ class Unit:
     """Something else than an optimizer has written since the last refresh (or there was none): a delta has to be a full refresh."""
     deltas: int = 0
     """Delta refreshes since the last full one."""
+    _copied: tuple[Tensor, list[Tensor]] | None = None
+    """A copy, and the parts of it that are this rank's."""
 
     @property
     def first(self) -> ParamSpec:
@@ -131,8 +133,11 @@ class Unit:
         """This rank's own part of the copy: [E_o / E_w, shard] for each parameter where it is `in_place`, else all of it."""
         if not self.first.in_place:
             return [self.copy]
-        begin = self.index - self.row
-        return [transfers.shards_in(self.copy, spec).narrow(0, begin, spec.held) for spec in self.specs]
+        if self._copied is None or self._copied[0] is not self.copy:
+            begin = self.index - self.row
+            parts = [transfers.shards_in(self.copy, spec).narrow(0, begin, spec.held) for spec in self.specs]
+            self._copied = self.copy, parts
+        return self._copied[1]
 
     @property
     def cached(self) -> bool:

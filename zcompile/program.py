@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from zcompile._torch_compat import below_autograd, profiling
 from zcompile.cost import Bytes
-from zcompile.faults.sites import Listed, about
+from zcompile.faults.sites import Listed, about, index
 from zcompile.passes.nodes import Collective
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Program:
         self._engine = weakref.ref(engine)
         self._code = code
         self.collectives = collectives
+        self._sites = index(name, collectives)
         self.predicted, self.compiled = predicted, compiled
         text = json.dumps([entry.identity for entry in collectives])
         self.identity = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
@@ -73,7 +74,7 @@ class Program:
             engine.running = self
             spans = record_function(f"zc {self.name}") if profiling() else contextlib.nullcontext()
             past = below_autograd() if self.direct else contextlib.nullcontext()
-            with about(Listed(self.name, self.collectives)), spans, past:
+            with about(Listed(self.name, self._sites)), spans, past:
                 out = self._code(inputs)
         except Exception as error:  # of a backward nobody else hears
             engine.runtime.broke_off(error)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from zcompile import transfers
-from zcompile._torch_compat import all_gather, register_future
+from zcompile._torch_compat import all_gather, below_autograd, register_future
 from zcompile.faults.sites import Parameters, about
 from zcompile.faults.watch import REFRESH_THREADS
 from zcompile.params import Unit
@@ -68,8 +68,7 @@ def run_hops(unit: Unit, full: bool = True) -> Iterator[int]:
         stored = transfers.convert(x, have, first.stored, geometry)
         if first.in_place:
             columns = stored.view(rows, -1)
-            for own, spec in zip(unit.copied, specs, strict=True):
-                own.copy_(columns.narrow(1, spec.offset, spec.layout.shard))
+            torch._foreach_copy_(unit.copied, columns.split([spec.layout.shard for spec in specs], dim=1))
         else:
             unit.copy.copy_(stored)
         return
@@ -237,13 +236,13 @@ def _run(unit: Unit, full: bool, future: torch.futures.Future[Tensor]) -> Iterat
     subject = Parameters(tuple(spec.name for spec in unit.specs), read_at, "the refresh after a write")
     try:
         while True:
-            with torch.no_grad(), about(subject):  # of this thread: the stages are others
+            with below_autograd(), about(subject):  # of this thread: the stages are others
                 stage = next(hops, None)
             if stage is None:
                 break
             yield stage
         if unit.first.peer_level:
-            with torch.no_grad(), about(subject):
+            with below_autograd(), about(subject):
                 transfers.barrier(unit.first, unit.copy.device)
     except Exception as error:
         future.set_exception(error)  # type: ignore[arg-type]

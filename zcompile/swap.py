@@ -50,21 +50,22 @@ class Swap:
 
     def all_gather(self, output: Tensor, mine: Tensor, stream: int = 0) -> Exchange:
         """output [size * n] becomes every member's `mine` [n], in group order."""
-        part = mine.reshape(-1)
-        return self._exchange(output, [part] * self._size, [part.cpu()] * self._size, stream)
+        parts = [mine.reshape(-1)] * self._size
+        return self._exchange(output, parts, parts if mine.is_cpu else [parts[0].cpu()] * self._size, stream)
 
     def all_to_all(self, output: Tensor, mine: Tensor, stream: int = 0) -> Exchange:
         """output [size * n]: from every member that part of its `mine` [size * n] that is meant for this one."""
         parts = mine.reshape(self._size, -1)
-        return self._exchange(output, parts.unbind(), parts.cpu().unbind(), stream)
+        rows = parts.unbind()
+        return self._exchange(output, rows, rows if mine.is_cpu else parts.cpu().unbind(), stream)
 
     def _exchange(self, output: Tensor, parts: Sequence[Tensor], sent: Sequence[Tensor], stream: int) -> Exchange:
         """`parts`: what each member gets; `sent`: the same in host memory."""
         POOL.land(output)
-        tag = _tag(stream, next(self._calls[stream]), parts[0].numel() * parts[0].itemsize)
+        tag = _tag(stream, next(self._calls[stream]), parts[0].nbytes)
         out = output.view(self._size, -1)
         rows = out.unbind()
-        here = output.device.type == "cpu"
+        here = output.is_cpu
         landing = rows if here else torch.empty(out.shape, dtype=out.dtype, pin_memory=True).unbind()
         others = [(self._rank + k) % self._size for k in range(1, self._size)]
         works: list[tuple[int, Any]] = [

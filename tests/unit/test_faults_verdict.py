@@ -13,7 +13,7 @@ from support.graphs import Hand, unit
 
 from zcompile.faults.checksums import checksum
 from zcompile.faults.memory import OWNERS, peaks, ran_out
-from zcompile.faults.sites import Listed, Parameters, Site, about, subject
+from zcompile.faults.sites import Listed, Parameters, Site, about, index, subject
 from zcompile.faults.verdict import Trouble, Verdict, judge
 from zcompile.passes import LOWERED
 from zcompile.passes.nodes import Collective
@@ -115,9 +115,11 @@ def test_launches_take_the_entries_of_their_level_and_transfer_in_order() -> Non
         entry("pair", "gather", "d"),
         entry("node", "gather", "e"),
     ]
-    graph = Listed("graph 3 forward", entries)
+    listed = index("graph 3 forward", entries)
+    graph = Listed("graph 3 forward", listed)
     asked = [("pair", "gather"), ("node", "gather"), ("pair", "gather"), ("node", "reduce"), ("pair", "gather")]
     assert [graph.describe(*key)[0] for key in asked] == [("a",), ("e",), ("d",), ("c",), ()]
+    assert Listed("graph 3 forward", listed).describe("pair", "gather") == (("a",), "a.py:1", "graph 3 forward"), "each run begins anew"
     outer, inner = Parameters(("x",), "", ""), Parameters(("y",), "", "")
     with about(outer):
         with about(inner, unless_said=True):

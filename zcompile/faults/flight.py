@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -61,14 +60,25 @@ class Flight(dist.Work):
     def wait(self, timeout: Any = None) -> bool:
         if self._group.disturb is not None:
             self._group.disturb.wait(self._group.level)
-        with self._lock, record_function(f"zc wait {self._label}") if self._label else contextlib.nullcontext():
-            if not self._done:
-                with self._watch.waiting(self._site, self._missing):
-                    self._wait()
-                    if self._check is not None:
-                        self._check()
-                self._done = True
+        with self._lock:
+            if self._done:
+                return True
+            if self._label:
+                with record_function(f"zc wait {self._label}"):
+                    self._finish()
+            else:
+                self._finish()
+            self._done = True
         return True
+
+    def _finish(self) -> None:
+        self._watch.wait_begins(self._site, self._missing)
+        try:
+            self._wait()
+            if self._check is not None:
+                self._check()
+        finally:
+            self._watch.wait_ends()
 
     def _wait(self) -> None:
         watch = self._watch

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ _OURS = (
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made in every hop, and a frozen one takes five times as long
 class Site:
     """One collective of this rank, or (transfer "agreement") one exchange of words, or ("") what `op` says.
 
@@ -84,22 +84,34 @@ class Parameters:
         return self.names, self.source, self.stage
 
 
-class Listed:
-    """A graph's ordered list of collectives, one run of it: each launch takes the next entry of its level and transfer."""
+Described = tuple[tuple[str, ...], str, str]
 
-    def __init__(self, name: str, collectives: Sequence[Any]):
-        self._name = name
-        self._collectives = collectives
+
+def index(name: str, collectives: Sequence[Any]) -> dict[tuple[str, str], list[Described]]:
+    """A graph's ordered list of collectives by level and transfer: what each launch is described by."""
+    found: dict[tuple[str, str], list[Described]] = {}
+    for entry in collectives:
+        if entry.op != "peer_read":
+            found.setdefault((entry.level, entry.transfer), []).append((entry.parameters, entry.source, name))
+    return found
+
+
+class Listed:
+    """One run of a graph: each launch takes the next entry of its level and transfer in the graph's `index`."""
+
+    def __init__(self, name: str, entries: Mapping[tuple[str, str], list[Described]]):
+        self._nothing: Described = ((), "", name)
+        self._entries = entries
         self._taken: dict[tuple[str, str], int] = {}
 
-    def describe(self, level: str, transfer: str) -> tuple[tuple[str, ...], str, str]:
-        start = self._taken.get((level, transfer), 0)
-        for index in range(start, len(self._collectives)):
-            entry = self._collectives[index]
-            if (entry.level, entry.transfer) == (level, transfer) and entry.op != "peer_read":
-                self._taken[level, transfer] = index + 1
-                return entry.parameters, entry.source, self._name
-        return (), "", self._name
+    def describe(self, level: str, transfer: str) -> Described:
+        key = level, transfer
+        taken = self._taken.get(key, 0)
+        entries = self._entries.get(key, ())
+        if taken == len(entries):
+            return self._nothing
+        self._taken[key] = taken + 1
+        return entries[taken]
 
 
 _LOCAL = threading.local()

@@ -104,7 +104,7 @@ class Watch:
         """The collective that this thread is about to launch. FaultError if there is a verdict already."""
         self.check()
         number = self._numbers[level, transfer]
-        self._numbers[level, transfer] += 1
+        self._numbers[level, transfer] = number + 1
         at_work = subject()
         parameters, source, stage = at_work.describe(level, transfer) if at_work is not None else ((), "", "")
         beside = transfer in ("refresh", "barrier")
@@ -119,12 +119,18 @@ class Watch:
     @contextlib.contextmanager
     def waiting(self, site: Site, whom: Callable[[], Sequence[int]] = tuple) -> Iterator[None]:
         """This thread waits for `site`, and there for the ranks that `whom` says, as far as it is known."""
-        ident = threading.get_ident()
-        self._waits[ident] = (site, time.monotonic(), whom)
+        self.wait_begins(site, whom)
         try:
             yield
         finally:
-            self._waits.pop(ident, None)
+            self.wait_ends()
+
+    def wait_begins(self, site: Site, whom: Callable[[], Sequence[int]]) -> None:
+        """`waiting`, for what is called in every hop: `wait_ends` follows, whatever happens."""
+        self._waits[threading.get_ident()] = (site, time.monotonic(), whom)
+
+    def wait_ends(self) -> None:
+        self._waits.pop(threading.get_ident(), None)
 
     def track(self, site: Site, work: Any) -> None:
         """A collective on a device: nobody waits for it on the host; the watch looks whether it takes too long."""
