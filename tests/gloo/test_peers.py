@@ -7,6 +7,7 @@ import copy
 import errno
 import functools
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from support.faulty import fault, jobs
 from support.spawn import Pool
 from support.training import received
 from torch import nn
@@ -220,7 +222,7 @@ def late_reader(rank: int, without: bool) -> list[float]:
     losses = []
     with torch.no_grad(), taken_out if without else contextlib.nullcontext():
         for number in range(6):
-            PAUSE[0] = 0.5 if (rank, number) == (1, 4) else 0.0
+            PAUSE[0] = 1.5 if (rank, number) == (1, 4) else 0.0
             losses.append(model(x).item())
             for master in model.parameters():
                 master.mul_(1.5)
@@ -232,6 +234,34 @@ def test_nobody_writes_what_another_rank_has_yet_to_read(ranks: Ranks) -> None:
     expected = pool.run(late_reader, False, timeout=60.0)
     assert all(losses == expected[0] for losses in expected), "all ranks see the same"
     assert pool.run(late_reader, True, timeout=60.0)[1] != expected[1], "without the barrier this test sees it"
+
+
+def gone_before_it_writes(rank: int) -> None:
+    """Of two ranks that share memory, and exchange no other message then, one dies in its second refresh."""
+    torch.manual_seed(0)
+    plan = Plan.preset("zero_topo", peer_gather=True)
+    model: Any = hierarchical_zero(Awkward(), topology="2", plan=plan, compute_dtype=torch.bfloat16, compile=False, timeout=60.0)
+    right, refreshes = refresh.run_hops, [0]
+
+    def dying(unit: Any, full: bool = True) -> Iterator[int]:
+        refreshes[0] += unit is model.zero.units[0]
+        for stage in right(unit, full):
+            if (rank, refreshes[0], stage) == (1, 2, 0):
+                fault()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield stage
+
+    with mock.patch.object(refresh, "run_hops", dying):
+        two_steps(rank, model)
+        model(torch.ones(4, 24))
+
+
+def test_f12_a_rank_that_dies_before_a_barrier_is_named_soon() -> None:
+    with jobs() as made:
+        left, dead = made.run(gone_before_it_writes, 2)
+    assert dead.code == -signal.SIGKILL
+    assert left.code not in (0, None) and left.seconds < 30, "its limit is 60 s"
+    assert "zcompile: rank 1 died" in left.output and "in barrier all_gather over" in left.output, left.output
 
 
 def in_place(rank: int) -> dict[str, Any]:
