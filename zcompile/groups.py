@@ -7,6 +7,7 @@ role is one purpose.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import threading
@@ -231,20 +232,15 @@ _COLLECTIVES: dict[str, tuple[Received, tuple[str, ...]]] = {
 def _counted(op: str, method: str, received: Received) -> Callable[..., Any]:
     swapped = METHODS.get(method)
 
-    def start(self: CountingGroup, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        work = swapped(self.swap, args, self.stream) if swapped is not None and self.swap is not None else None
-        return getattr(self.inner, method)(*args, **keywords) if work is None else work
-
     def collective(self: CountingGroup, *args: Any, **keywords: Any) -> Any:
         label = f"{self.level} {self.transfer} {next(_NUMBERS)}" if compat.profiling() else ""
         if self.disturb is not None:
             self.disturb.launch(self.level, args[0])
 
         def launch() -> Any:
-            if not label:
-                return start(self, args, keywords)
-            with record_function(f"zc launch {label}"):
-                return start(self, args, keywords)
+            with record_function(f"zc launch {label}") if label else contextlib.nullcontext():
+                work = swapped(self.swap, args, self.stream) if swapped is not None and self.swap is not None else None
+                return getattr(self.inner, method)(*args, **keywords) if work is None else work
 
         work = launch() if self.watch is None else Flight.launch(launch, self, self.watch, op, args, label)
         self.tally.add((self.level, self.transfer, op), received(self, args))

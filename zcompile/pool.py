@@ -25,21 +25,24 @@ class Pool:
 
     Attributes:
         made: blocks that were allocated so far.
-        held: bytes of all blocks.
         most: bytes of the most that ever were lent at one time, as far as blocks had to be made for it.
     """
 
     def __init__(self) -> None:
-        self.made = self.held = self.most = 0
+        self.made = self.most = 0
         self._blocks: list[UntypedStorage] = []
         """What was lent last is the last one."""
         self._lock = threading.Lock()
 
     @property
+    def held(self) -> int:
+        """Bytes of all blocks."""
+        return sum(block.nbytes() for block in self._blocks)
+
+    @property
     def lent(self) -> int:
-        """Bytes of the blocks that somebody holds."""
-        with self._lock:
-            return sum(block.nbytes() for block in self._blocks if not _idle(block))
+        """Bytes of the blocks that somebody else holds too."""
+        return sum(block.nbytes() for block in self._blocks if not _idle(block))
 
     def land(self, tensor: Tensor) -> None:
         """From here on `tensor`, contiguous, whose values nobody wants, lies in a block. Not if it is small, or a part of a storage, or one
@@ -57,7 +60,7 @@ class Pool:
         """Give up what is idle, and forget how much was ever lent: another job begins."""
         with self._lock:
             self._blocks = [block for block in self._blocks if not _idle(block)]
-            self.held = self.most = sum(block.nbytes() for block in self._blocks)
+            self.most = self.held
 
     def _block(self, size: int) -> UntypedStorage:
         for at in range(len(self._blocks) - 1, -1, -1):  # what was used last may still be in a cache
@@ -65,13 +68,11 @@ class Pool:
             if block.nbytes() == size and _idle(block):
                 self._blocks.append(self._blocks.pop(at))
                 return block
-        self.held += size
-        self.most = max(self.most, size + sum(block.nbytes() for block in self._blocks if not _idle(block)))
+        self.most = max(self.most, self.lent + size)
         for block in [block for block in self._blocks if _idle(block)]:
-            if self.held <= self.most:
+            if self.held + size <= self.most:
                 break
             self._blocks.remove(block)
-            self.held -= block.nbytes()
         self.made += 1
         made = torch.empty(size, dtype=torch.uint8).untyped_storage()  # which is aligned as torch's kernels like it
         self._blocks.append(made)

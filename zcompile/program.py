@@ -41,7 +41,7 @@ class Program:
         self._engine = weakref.ref(engine)
         self._code = code
         self.collectives = collectives
-        self._sites = index(name, collectives)
+        self._sites = index(collectives)
         self.predicted, self.compiled = predicted, compiled
         text = json.dumps([entry.identity for entry in collectives])
         self.identity = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -312,9 +312,7 @@ def columns(copy: Tensor, specs: Sequence[ParamSpec]) -> Tensor:
     """The columns of `specs` out of their unit's copy [E_o / E_w, unit_shard], or [.., unit_record] bytes."""
     first = specs[0]
     coded = first.stored.quantized
-    rows = copy.view(
-        first.held, first.unit_record if coded else first.unit_shard
-    )
+    rows = copy.view(first.held, first.unit_record if coded else first.unit_shard)
     runs: list[list[int]] = []
     for spec in specs:
         start = spec.record if coded else spec.offset

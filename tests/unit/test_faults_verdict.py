@@ -115,7 +115,7 @@ def test_launches_take_the_entries_of_their_level_and_transfer_in_order() -> Non
         entry("pair", "gather", "d"),
         entry("node", "gather", "e"),
     ]
-    listed = index("graph 3 forward", entries)
+    listed = index(entries)
     graph = Listed("graph 3 forward", listed)
     asked = [("pair", "gather"), ("node", "gather"), ("pair", "gather"), ("node", "reduce"), ("pair", "gather")]
     assert [graph.describe(*key)[0] for key in asked] == [("a",), ("e",), ("d",), ("c",), ()]

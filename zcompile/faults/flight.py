@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -63,22 +64,16 @@ class Flight(dist.Work):
         with self._lock:
             if self._done:
                 return True
-            if self._label:
-                with record_function(f"zc wait {self._label}"):
-                    self._finish()
-            else:
-                self._finish()
+            self._watch.wait_begins(self._site, self._missing)
+            try:
+                with record_function(f"zc wait {self._label}") if self._label else contextlib.nullcontext():
+                    self._wait()
+                    if self._check is not None:
+                        self._check()
+            finally:
+                self._watch.wait_ends()
             self._done = True
         return True
-
-    def _finish(self) -> None:
-        self._watch.wait_begins(self._site, self._missing)
-        try:
-            self._wait()
-            if self._check is not None:
-                self._check()
-        finally:
-            self._watch.wait_ends()
 
     def _wait(self) -> None:
         watch = self._watch

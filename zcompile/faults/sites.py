@@ -84,34 +84,30 @@ class Parameters:
         return self.names, self.source, self.stage
 
 
-Described = tuple[tuple[str, ...], str, str]
-
-
-def index(name: str, collectives: Sequence[Any]) -> dict[tuple[str, str], list[Described]]:
-    """A graph's ordered list of collectives by level and transfer: what each launch is described by."""
-    found: dict[tuple[str, str], list[Described]] = {}
+def index(collectives: Iterable[Any]) -> dict[tuple[str, str], list[Any]]:
+    """A graph's ordered list of collectives by level and transfer. Peer reads launch nothing."""
+    found: dict[tuple[str, str], list[Any]] = {}
     for entry in collectives:
         if entry.op != "peer_read":
-            found.setdefault((entry.level, entry.transfer), []).append((entry.parameters, entry.source, name))
+            found.setdefault((entry.level, entry.transfer), []).append(entry)
     return found
 
 
 class Listed:
     """One run of a graph: each launch takes the next entry of its level and transfer in the graph's `index`."""
 
-    def __init__(self, name: str, entries: Mapping[tuple[str, str], list[Described]]):
-        self._nothing: Described = ((), "", name)
+    def __init__(self, name: str, entries: Mapping[tuple[str, str], Sequence[Any]]):
+        self._name = name
         self._entries = entries
         self._taken: dict[tuple[str, str], int] = {}
 
-    def describe(self, level: str, transfer: str) -> Described:
+    def describe(self, level: str, transfer: str) -> tuple[tuple[str, ...], str, str]:
         key = level, transfer
-        taken = self._taken.get(key, 0)
-        entries = self._entries.get(key, ())
+        entries, taken = self._entries.get(key, ()), self._taken.get(key, 0)
         if taken == len(entries):
-            return self._nothing
+            return (), "", self._name
         self._taken[key] = taken + 1
-        return entries[taken]
+        return entries[taken].parameters, entries[taken].source, self._name
 
 
 _LOCAL = threading.local()
