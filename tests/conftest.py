@@ -13,6 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 # Inductor tries in each process by compiling and loading whether the vectors that the processor says it has can be used: a second each.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # before torch is imported, which is when it is read
+# torch keeps the Python stacks of a process's last 2,000 collectives, and with them the code on these, its graphs and their models: of some
+# hundred tests in ranks that live as long as the session.
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
 
 from support.spawn import Pool
 

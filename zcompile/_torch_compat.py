@@ -241,11 +241,11 @@ def _group_in_order(ranks: list[int], backend: str | None, timeout: float, descr
 
 
 def all_gather(output: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """`own` of every rank in group order into `output`, asynchronously. torch 2.13 renamed `all_gather_into_tensor` and
-    warns at the old name.
+    """`own` of every rank in group order into `output`, asynchronously; `own` may be this rank's part of it already. By the group's own
+    method (its name up to torch 2.12 and from 2.13 on), which asks nothing of the world and passes no dispatcher.
     """
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return cast(dist.Work, gather(output, own, group=group, async_op=True))
+    gather = getattr(group, "all_gather_single", None) or group._allgather_base
+    return cast(dist.Work, gather(output, own))
 
 
 def set_group_timeout(group: dist.ProcessGroup, seconds: float) -> None:

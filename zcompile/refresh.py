@@ -16,6 +16,7 @@ have come to the next refresh, and a copy's refresh is over, for whoever waits f
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import threading
@@ -31,6 +32,7 @@ from zcompile._torch_compat import all_gather, below_autograd, register_future
 from zcompile.faults.sites import Parameters, about
 from zcompile.faults.watch import REFRESH_THREADS
 from zcompile.params import Unit
+from zcompile.pool import POOL
 from zcompile.wire import COMPUTE_FORMATS, WireFormat
 
 _FP32 = WireFormat.parse("fp32")
@@ -51,9 +53,15 @@ def run_hops(unit: Unit, full: bool = True) -> Iterator[int]:
     delta = image is not None and not full
     x, have, rows = unit.master, _FP32, 1
     hops = unit.refresh_hops()
+    places: dict[int, Tensor] = {}
     for level in stages(unit):
         yield level
         if level not in hops:
+            continue
+        if rows == 1 and image is None:
+            x, have, places = own_place(unit)
+        if places:
+            x, rows = transfers.gather_in_place(x, places[level], level, first, "refresh"), rows * first.sizes[level - 1]
             continue
         if delta and rows == 1:
             assert image is not None
@@ -77,6 +85,31 @@ def run_hops(unit: Unit, full: bool = True) -> Iterator[int]:
     else:
         image.view(-1).copy_(x)
     copy_from_image(unit)
+
+
+def own_place(unit: Unit) -> tuple[Tensor, WireFormat, dict[int, Tensor]]:
+    """Memory for all rows of a refresh whose hops have one native format, each of which then gathers into its part of it: nobody's own
+    values are copied in between.
+
+    Returns:
+        (the master's values, where they belong among all; their format; level -> where its hop gathers to). Of other refreshes the master
+        itself, fp32, nothing.
+    """
+    first, hops = unit.first, unit.refresh_hops()
+    texts = {first.refresh[level - 1] for level in hops}
+    wire = WireFormat.parse(texts.pop())
+    if texts or wire.quantized:
+        return unit.master, _FP32, {}
+    rows, row = math.prod(first.sizes[level - 1] for level in hops), unit.row
+    x = torch.empty(rows * unit.master.numel(), dtype=transfers.dtype(wire.text), device=unit.master.device)
+    POOL.land(x)
+    places = {}
+    for level in reversed(hops):
+        places[level] = x
+        rows //= first.sizes[level - 1]
+        x = x.view(first.sizes[level - 1], -1)[row // rows]
+        row %= rows
+    return x.copy_(unit.master), wire.whole, places
 
 
 def copy_from_image(unit: Unit) -> None:

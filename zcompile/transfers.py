@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from zcompile._torch_compat import all_gather, resolve_group
 from zcompile.kernels import ops as kernels
 from zcompile.kernels.geometry import Cut, Geometry, Piece
 from zcompile.kernels.ordered_sum import ordered_sum
@@ -85,6 +86,12 @@ def gather_hops(
         x = _c10d.wait_tensor(_c10d.all_gather_into_tensor(x, size, first.role(level, transfer)))
         have, rows = wire.whole, rows * size
     return x, have, rows
+
+
+def gather_in_place(mine: Tensor, whole: Tensor, level: int, spec: ParamSpec, transfer: str) -> Tensor:
+    """One hop outside of graphs: every member's `mine`, which lies in its place in `whole` already, into `whole`; returns that."""
+    all_gather(whole, mine, resolve_group(spec.role(level, transfer))).wait()
+    return whole
 
 
 def reduce_hops(

@@ -10,12 +10,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from support.training import batch, both, mlp, received, same, sgd, square, step, theirs, tokens, train, twins
+from support.training import batch, both, mlp, ours, received, same, sgd, square, step, theirs, tokens, train, twins
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import full_state_dict, mark_written
+from zcompile import Plan, full_state_dict, mark_written, refresh, transfers
 from zcompile.refresh import Refresher
+from zcompile.wire import WireFormat
 
 WORLD = 4
 LOSS = square(4, 7)
@@ -28,6 +29,38 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zero3": {"plan": "zero3"},
     "ddp": {"plan": "ddp"},
 }
+
+
+def landed(rank: int, wires: dict[str, str]) -> tuple[int, list[bool], bool]:
+    """(hops of a refresh, of each whether the own values lay in place, whether all bits are those without)."""
+    right, found = transfers.gather_in_place, []
+
+    def gather(mine: Tensor, whole: Tensor, level: int, spec: Any, transfer: str) -> Tensor:
+        size, number = spec.sizes[level - 1], (mine.data_ptr() - whole.data_ptr()) // mine.nbytes
+        out = right(mine, whole, level, spec, transfer)
+        found.append(0 <= number < size and out is whole and torch.equal(out.view(size, -1)[number], mine))
+        return out
+
+    def weights() -> tuple[int, list[Tensor]]:
+        model, _ = twins(mlp, "eager", plan=Plan.preset("zero_topo", weights="whole", **wires))
+        (optimizer,) = sgd(model)
+        for number in range(2):
+            ours(model, LOSS, number)
+            step([optimizer])
+        return sum(len(unit.refresh_hops()) for unit in model.zero.units), list(full_state_dict(model).values())
+
+    with patch.object(transfers, "gather_in_place", gather):
+        hops, mine = weights()
+    with patch.object(refresh, "own_place", lambda unit: (unit.master, WireFormat.parse("fp32"), {})):
+        _, copied = weights()
+    return hops, found, all(map(torch.equal, mine, copied))
+
+
+@pytest.mark.parametrize("wires", [{}, {"refresh": "bf16"}], ids=["native", "narrower"])
+def test_a_refresh_copies_no_value_of_its_own(ranks: Any, wires: dict[str, str]) -> None:
+    """Where all hops have one native format each gathers into its part of what the last one ends with."""
+    for hops, found, same_bits in ranks(WORLD).run(landed, wires):
+        assert hops > 0 and same_bits and found == [True] * 2 * hops
 
 
 def agree(model: Any, dense: nn.Module, rank: int) -> None:
