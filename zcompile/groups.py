@@ -92,8 +92,8 @@ class Tally:
 class Disturb(Protocol):
     """What happens before hops, in the search for who does not wait for them."""
 
-    def launch(self, level: str, output: Any) -> None:
-        """Before a hop over `level` is launched that will write `output`."""
+    def launch(self, level: str, output: Any, sent: Any) -> None:
+        """Before a hop over `level` is launched that sends `sent` and will write `output`, of which `sent` may be a part already."""
 
     def wait(self, level: str) -> None:
         """Before a hop is waited for."""
@@ -235,7 +235,7 @@ def _counted(op: str, method: str, received: Received) -> Callable[..., Any]:
     def collective(self: CountingGroup, *args: Any, **keywords: Any) -> Any:
         label = f"{self.level} {self.transfer} {next(_NUMBERS)}" if compat.profiling() else ""
         if self.disturb is not None:
-            self.disturb.launch(self.level, args[0])
+            self.disturb.launch(self.level, args[0], args[1] if len(args) > 1 else None)
 
         def launch() -> Any:
             with record_function(f"zc launch {label}") if label else contextlib.nullcontext():

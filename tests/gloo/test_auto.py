@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import training
+from support.marks import slow
 from support.spawn import Pool
 from torch import nn
 
@@ -39,7 +40,7 @@ def train(rank: int, example: bool) -> tuple[str, int, float, Any]:
     return wrapped.zero.plan.describe(), wrapped.zero.options.overlap, gap, ledger(wrapped)["levels"]
 
 
-@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("example", [slow(False), True])
 def test_every_rank_chooses_the_same_plan_and_trains(ranks: Ranks, example: bool) -> None:
     found = ranks(4).run(train, example, timeout=300.0)
     assert len({(plan, overlap) for plan, overlap, _, _ in found}) == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow
 from support.saved import keep_products, watched
 from support.training import MODES, batch, full_state_dict, graphs, tokens
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ def enabled(rank: int, name: str, mode: str, on: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("llama", "eager"), ("neox", "eager"), pytest.param("llama", "graph", marks=pytest.mark.slow)]
+    ("name", "mode"), [("llama", "eager"), ("neox", "eager"), slow("llama", "graph")]
 )
 def test_gradient_checkpointing_enable(ranks: Any, name: str, mode: str) -> None:
     plain = ranks(4).run(enabled, name, mode, False, timeout=120.0)

@@ -45,6 +45,7 @@ def shorter(rank: int, *arguments: str) -> tuple[int, str, str]:
     return command(rank, *arguments)
 
 
+@pytest.mark.slow
 def test_trace_of_a_world_on_paper(alone: Pool) -> None:
     found = traced(alone, command, "--model", "tiny", "--topology", "frontier:2", "--micro-batches", "2")
     assert found["ranks"] == 16

@@ -87,6 +87,7 @@ def parted(rank: int, odd: int, how: str) -> None:
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["swapped", "no backward"])
 def test_fault_9_a_rank_that_leaves_the_course_says_so_and_the_others_hear_it(ranks: Ranks, how: str) -> None:
     with pytest.raises(RanksFailed) as caught:

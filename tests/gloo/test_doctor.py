@@ -110,6 +110,7 @@ def cases(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", names)
 
 
+@pytest.mark.slow
 @cases("well")
 def test_a_job_of_four_ranks(job: Callable[[str], End], case: str) -> None:
     end = job(case)

@@ -81,6 +81,7 @@ def drift(rank: int, plan: Plan) -> float:
     return float((total - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 def test_what_one_step_loses_the_next_ones_bring(ranks: Any) -> None:
     """The mechanism: without it, or with a state that is never added, the loss of each step adds up."""
     with_it = max(ranks(4).run(drift, PLAN))

@@ -135,6 +135,7 @@ def test_the_backend_on_an_unwrapped_model_and_with_unknown_options(ranks: Any) 
     ranks(WORLD).run(_compiled_away)
 
 
+@pytest.mark.slow
 def test_the_backends_names_resolve_from_a_source_tree() -> None:
     code = "import zcompile, torch; print(*[n for n in torch._dynamo.list_backends() if n in ('hierarchical_zero', 'zcompile')])"
     found = subprocess.run(
@@ -356,6 +357,7 @@ def _late(rank: int) -> float:
     return time.monotonic() - begin
 
 
+@pytest.mark.slow
 def test_f8_a_rank_that_compiles_late_is_waited_for(ranks: Any) -> None:
     waited = ranks(WORLD).run(_late)
     assert min(waited) > 1.5, waited

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.marks import slow
 from support.spawn import Pool, RanksFailed
 from torch import nn
 
@@ -55,8 +56,8 @@ LEFT = {ONE - 1: MOST, 2 * ONE: MOST - 2, LAYERS * ONE: LAYERS}
     ("wire", "codegen", "world", "keeps"),
     [
         ("fp32", False, 2, tuple(LEFT)),
-        ("int8", False, 4, (2 * ONE,)),
-        pytest.param("int8", True, 2, (2 * ONE,), marks=pytest.mark.slow),
+        slow("int8", False, 4, (2 * ONE,)),
+        slow("int8", True, 2, (2 * ONE,)),
     ],
 )
 def test_bits_stay_and_bytes_go(ranks: Ranks, wire: str, codegen: bool, world: int, keeps: tuple[int, ...]) -> None:

@@ -157,6 +157,7 @@ def mutated(rank: int, fault: str) -> float:
         lower._TEMPLATES.clear()
 
 
+@pytest.mark.slow
 def test_invariant_12_a_dropped_reduction_and_a_skipped_refresh_show_in_the_weights(ranks: Ranks) -> None:
     pool = ranks(4)
     assert all(error <= 1e-6 for error in pool.run(mutated, "nothing"))

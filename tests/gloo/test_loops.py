@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.marks import slow
 from support.spawn import RanksFailed
 from support.training import batch, both, graphs, mlp, received, replicas, same, sgd, square, step, theirs, train, twins
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from zcompile.agreement import AgreementError
 from zcompile.faults.verdict import FaultError
 
 WORLD = 4
-TWO = pytest.mark.parametrize("mode", ["eager", "graph"])
+TWO = pytest.mark.parametrize("mode", ["eager", slow("graph")])
 
 
 SMALLER = pytest.mark.parametrize(("mode", "world"), [("eager", WORLD), ("graph", 2)])
@@ -202,7 +203,7 @@ def _changing(rank: int, mode: str) -> None:
         same(model, dense)
 
 
-@TWO
+@pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_f36_accumulation_steps_that_change_lose_no_micro_batch(ranks: Any, mode: str) -> None:
     ranks(WORLD).run(_changing, mode)
 

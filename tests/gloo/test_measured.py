@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import command
+from support.marks import slow
 from support.paper import Tiny
 from support.spawn import Pool
 
@@ -63,7 +64,7 @@ def profiled(rank: int, folder: str, codegen: bool, threads: bool = True) -> Non
         profile.export_chrome_trace(f"{folder}/trace.json.gz")
 
 
-@pytest.mark.parametrize("codegen", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("codegen", [False, slow(True)])
 def test_a_real_trace_is_matched(ranks: Ranks, tmp_path: Path, codegen: bool) -> None:
     ranks(4).run(profiled, str(tmp_path), codegen, timeout=400.0)
     code, shown, error = command(0, "measured", str(tmp_path / "dump"), str(tmp_path / "trace.json.gz"), "--json", "-")

@@ -119,6 +119,7 @@ def test_transient_memory_does_not_grow_with_depth(ranks: Any, overlap: int) -> 
     assert max(deep) < (4 + 1.5 * overlap) * layer, "a layer or two, the messages of one, and those under way"
 
 
+@pytest.mark.slow
 def test_vectors_that_travel_together_are_bounded_too(ranks: Any) -> None:
     """Four biases of 128 bytes share a message of at most 512; with 32 layers as with 8."""
     shallow, deep = ranks(2).run(gathered, 8, True, 0)[0], ranks(2).run(gathered, 32, True, 0)[0]

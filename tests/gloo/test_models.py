@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.marks import slow
 from support.training import Loss, both, graphs, mlp, received, same, sgd, square, step, tokens, train, trained, twins
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from zcompile.cli import main
 from zcompile.topology import Topology
 
 WORLD = 4
-TWO = pytest.mark.parametrize("mode", ["eager", "graph"])
+TWO = pytest.mark.parametrize("mode", ["eager", slow("graph")])
 SEQUENCE = square(2, 3, 6)
 
 
@@ -196,7 +197,7 @@ def _dumped(rank: int, name: str, folder: str) -> None:
         del os.environ["ZCOMPILE_DUMP"], os.environ["ZCOMPILE_DUMP_RANKS"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name if name == "attention" else slow(name) for name in MODELS])
 def test_models_as_people_write_them_compiled(ranks: Any, tmp_path: Path, name: str) -> None:
     """Each with its dump: what goes wrong in that is an error in tests. All ranks dump the same."""
     ranks(2).run(_dumped, name, str(tmp_path))
@@ -245,7 +246,7 @@ def _lora(rank: int, mode: str, r: int) -> None:
     assert all(unit.seen == copies[unit] for unit in base), "not refreshed for a step of others"
 
 
-@pytest.mark.parametrize(("r", "mode"), [*((r, "eager") for r in (1, 8, 16, 32)), (1, "graph"), (32, "graph")])
+@pytest.mark.parametrize(("r", "mode"), [*((r, "eager") for r in (1, 8, 16, 32)), *(slow(r, "graph") for r in (1, 32))])
 def test_f25_adapters_in_fp32_on_a_frozen_bf16_base(ranks: Any, mode: str, r: int) -> None:
     ranks(WORLD).run(_lora, mode, r)
 
@@ -444,20 +445,20 @@ def _trains(rank: int, mode: str, topology: str, make: Callable[[], nn.Module], 
 
 
 PEOPLE: dict[str, tuple[Callable[..., nn.Module], Loss, str, str, int]] = {
-    "demo": (demo, following, "2x2x2", "4x2", 2),
+    "demo": (demo, following, "2x2", "4x2", 2),
     "neox": (neox, language, "2x2", "2x2x2", 1),
     "llama": (llama, language, "4x2", "2x2x2", 1),
     "t5": (t5, language, "2x2", "4x2", 1),
     "mixtral": (mixtral, language, "2x2", "4x2", 1),
 }
 """name -> (model, loss, mesh of the compiled run, mesh of the one in eager torch, kinds of micro-batches)"""
-QUICK = [name if name == "neox" else pytest.param(name, marks=pytest.mark.slow) for name in PEOPLE]
+QUICK = [name if name == "neox" else slow(name) for name in PEOPLE]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PEOPLE)
 def test_models_of_others_train_compiled(ranks: Any, name: str) -> None:
-    """Each rank compiles for itself. So eight do for the demo and for Llama, and four for the others; the demo has two layers, and T5 two
+    """Each rank compiles for itself. So eight do for Llama, and four for the others; the demo has two layers, and T5 two
     stacks; of the others one layer has what is special about them. In eager torch all have two layers and eight ranks."""
     make, loss, mesh, _, micro = PEOPLE[name]
     given = functools.partial(make, 2 if name == "demo" else 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow
 from support.patches import replaced
 from support.training import batch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ RANKS = [3, None, 2, 2, 1]
 
 @pytest.mark.parametrize(
     ("topology", "plan", "mode"),
-    [(*each, "eager") for each in PLANS] + [(*each, "graph") for each in PLANS if each[1] in ("zero_topo", "ddp")],
+    [(*each, "eager") for each in PLANS] + [slow(*each, "graph") for each in PLANS if each[1] in ("zero_topo", "ddp")],
 )
 def test_requirement_8_the_rank_where_it_arose_is_named(ranks: Any, topology: str, plan: str, mode: str) -> None:
     lines, *_ = ranks(4).run(told, topology, plan, mode, FAULTS)

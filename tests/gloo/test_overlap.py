@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.marks import slow
 from support.spawn import Pool
 
 from zcompile import Plan, hierarchical_zero, replay, trial
@@ -31,7 +32,7 @@ def right(outcome: trial.Outcome) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [next(iter(PLANS)), *(pytest.param(plan, marks=pytest.mark.slow) for plan in list(PLANS)[1:])]
+    "plan", [next(iter(PLANS)), *(slow(plan) for plan in list(PLANS)[1:])]
 )
 def test_invariant_4_bits_and_ledger_are_those_without_overlap(ranks: Ranks, plan: str) -> None:
     # With two both graphs are there: one that accumulates, one that syncs.
@@ -50,7 +51,8 @@ def test_three_levels_through_inductor(ranks: Ranks) -> None:
             assert (outcome.bits, outcome.replicas, outcome.ledger) == ("", "", "")
 
 
-@pytest.mark.parametrize("level", ["cluster", pytest.param("node", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["cluster", slow("node")])
 def test_f4_delays_in_a_level_change_no_bit(ranks: Ranks, level: str) -> None:
     """Each rank launches and awaits that level's hops up to 20 ms late, each at times of its own: who reads before it waited reads NaN."""
     for outcomes in ranks(4).run(delayed, level, timeout=200.0):
@@ -87,8 +89,9 @@ def passes_early(rank: int, plan: str, transfer: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "plan", ["zero_topo", "zero_topo, int4-delta", pytest.param("zero_topo, int4-delta, peers", marks=pytest.mark.slow)]
+    "plan", ["zero_topo", "zero_topo, int4-delta", slow("zero_topo, int4-delta, peers")]
 )
 def test_f4_replays_with_late_launches_and_waits_have_the_same_bits(ranks: Ranks, plan: str) -> None:
     for found in ranks(4).run(replayed, plan, 2, 0, timeout=200.0):
@@ -121,7 +124,7 @@ def test_a_replay_leaves_nothing_behind(ranks: Ranks) -> None:
     assert ranks(4).run(hooks_left, timeout=60.0) == [0] * 4
 
 
-@pytest.mark.parametrize("wire", ["int4-delta refresh", pytest.param("paper", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wire", ["int4-delta refresh", slow("paper")])
 def test_quantised_messages_overlap_to_the_same_bits(ranks: Ranks, wire: str) -> None:
     for found in ranks(4).run(losses_of, wire, timeout=200.0):
         assert len(found) == 3 and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

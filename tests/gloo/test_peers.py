@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.faulty import fault, jobs
+from support.marks import slow
 from support.spawn import Pool
 from support.training import received
 from torch import nn
@@ -92,7 +93,7 @@ def compiled(ranks: Ranks) -> Callable[[str, bool], list[dict[str, Any]]]:
     return functools.cache(lambda formats, peer: ranks(4).run(train, formats, peer, timeout=120.0))
 
 
-@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("formats", ["native", *(slow(each) for each in list(FORMATS)[1:])])
 def test_bits_and_bytes_are_those_of_messages(
     ranks: Ranks, compiled: Callable[[str, bool], list[dict[str, Any]]], formats: str
 ) -> None:
@@ -184,6 +185,7 @@ def two_steps(rank: int, model: Any) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formats", ["int8", "native"])
 def test_nobody_reads_a_copy_before_it_is_written(ranks: Ranks, formats: str) -> None:
     runs = ranks(4).run(slow_writer, formats, timeout=120.0)
@@ -229,6 +231,7 @@ def late_reader(rank: int, without: bool) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_nobody_writes_what_another_rank_has_yet_to_read(ranks: Ranks) -> None:
     pool = ranks(4)
     expected = pool.run(late_reader, False, timeout=60.0)
@@ -256,6 +259,7 @@ def gone_before_it_writes(rank: int) -> None:
         model(torch.ones(4, 24))
 
 
+@pytest.mark.slow
 def test_f12_a_rank_that_dies_before_a_barrier_is_named_soon() -> None:
     with jobs() as made:
         left, dead = made.run(gone_before_it_writes, 2)

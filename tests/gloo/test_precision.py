@@ -134,6 +134,7 @@ def test_the_example_prints_the_table(ranks: Any) -> None:
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "dtype"),
     [({}, None), ({}, torch.bfloat16), ({"wire": "paper"}, torch.bfloat16), ({"reduce": "bf16"}, None)],

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow
 from support.quantized import PLANS, agree, once, reference, sharded, small
 
 from zcompile.topology import Topology
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize(("micro", "steps"), [(1, 3), (3, 2)])
+@pytest.mark.parametrize(("micro", "steps"), [(1, 3), slow(3, 2)])
 def test_sharded_training_has_the_bits_of_the_reference(ranks: Any, name: str, micro: int, steps: int) -> None:
     """A third step for deltas, of which every second refresh may be none. Of three micro-batches one adds to what it finds, and does not
     sync."""

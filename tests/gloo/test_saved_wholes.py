@@ -95,6 +95,7 @@ def trained(rank: int, compiled: bool, keep: bool) -> tuple[dict[str, Tensor], i
     return full_state_dict(model), held, everything
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_requirement_18_no_whole_weight_and_no_cast_of_one_is_saved(ranks: Any, compiled: bool) -> None:
     kept = ranks(4).run(trained, compiled, True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import slow
 from support.training import both, graphs, mlp, received, replicas, same, sgd, square, step, tokens, train, twins
 from torch import Tensor, nn
 
@@ -59,13 +60,14 @@ def _odd(rank: int, world: int, mode: str, plan: str, topology: str, micro: int)
 
 
 @pytest.mark.parametrize(
-    ("mode", "world", "micro"), [("eager", 2, 2), ("eager", 3, 2), ("eager", 4, 2), ("graph", 3, 1), ("graph", 4, 1)]
+    ("mode", "world", "micro"), [("eager", 2, 2), ("eager", 3, 2), ("eager", 4, 2), slow("graph", 3, 1), slow("graph", 4, 1)]
 )
 def test_f18_sizes_that_no_level_divides(ranks: Any, world: int, mode: str, micro: int) -> None:
     topology = {2: "2", 3: "3", 4: "2x2"}[world]
     ranks(world).run(_odd, world, mode, "zero_topo", topology, micro)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_f18_under_every_preset(ranks: Any, plan: str) -> None:
     world, topology = (8, "2x2x2") if plan == "zero_topo" else (4, "2x2")
@@ -90,7 +92,7 @@ def _alone(rank: int, mode: str) -> None:
         assert not received(model, transfer)
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("mode", ["eager", slow("graph")])
 def test_f17_all_levels_of_size_one(ranks: Any, mode: str) -> None:
     ranks(1).run(_alone, mode)
 
@@ -118,7 +120,7 @@ def _words(rank: int, world: int, mode: str, vocabulary: int) -> None:
     train(model, dense, loss, steps=2, micro=2)
 
 
-@pytest.mark.parametrize(("mode", "vocabulary"), [("eager", 3), ("eager", 257), ("graph", 3)])
+@pytest.mark.parametrize(("mode", "vocabulary"), [("eager", 3), ("eager", 257), slow("graph", 3)])
 def test_f18_vocabularies_that_nothing_divides(ranks: Any, mode: str, vocabulary: int) -> None:
     ranks(4).run(_words, 4, mode, vocabulary)
 
@@ -163,6 +165,7 @@ def _batches(rank: int, dynamic: bool | None, seen: tuple[int, ...]) -> list[str
     return graphs(model)
 
 
+@pytest.mark.slow
 def test_requirement_29_many_batch_sizes_compile_twice(ranks: Any) -> None:
     """Once for the first size, once for any size; dynamic=False compiles for each."""
     for found in ranks(2).run(_batches, None, SEEN, timeout=120):

@@ -1,0 +1,12 @@
+"""Cases of a parametrised test that the quick suite leaves out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def slow(*values: Any) -> Any:
+    """One case, marked slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
