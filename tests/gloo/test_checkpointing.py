@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.marks import slow
+from support.marks import TWO
 from support.saved import keep_products, nodes_behind, raw_saved, watched
 from support.training import batch, full_state_dict
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def plain() -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("mode", ["eager", slow("graph")])
+@TWO
 @pytest.mark.parametrize("kind", ["full", "selective", "reentrant"])
 def test_requirement_18_f27_the_same_training(ranks: Any, plain: dict[str, Any], kind: str, mode: str) -> None:
     if kind == "reentrant" and mode == "eager":

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.faulty import Rank, chosen, fault, jobs
-from support.marks import slow
+from support.marks import TWO
 from support.patches import replaced
 from support.spawn import Pool, RanksFailed
 from torch import nn
@@ -308,7 +308,7 @@ def four() -> Iterator[Pool]:
     made.close()
 
 
-@pytest.mark.parametrize("mode", ["eager", slow("graph")])
+@TWO
 def test_f33_checksums_find_the_rank_of_a_flipped_bit(four: Pool, mode: str) -> None:
     with pytest.raises(RanksFailed) as caught:
         four.run(flipped, "checksums", "copy", mode)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.marks import slow
+from support.marks import TWO
 from support.spawn import RanksFailed
 from support.training import batch, both, graphs, mlp, received, replicas, same, sgd, square, step, theirs, train, twins
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from zcompile.agreement import AgreementError
 from zcompile.faults.verdict import FaultError
 
 WORLD = 4
-TWO = pytest.mark.parametrize("mode", ["eager", slow("graph")])
 
 
 SMALLER = pytest.mark.parametrize(("mode", "world"), [("eager", WORLD), ("graph", 2)])

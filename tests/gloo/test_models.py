@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.marks import slow
+from support.marks import TWO, slow
 from support.training import Loss, both, graphs, mlp, received, same, sgd, square, step, tokens, train, trained, twins
 from torch import Tensor, nn
 
@@ -24,7 +24,6 @@ from zcompile.cli import main
 from zcompile.topology import Topology
 
 WORLD = 4
-TWO = pytest.mark.parametrize("mode", ["eager", slow("graph")])
 SEQUENCE = square(2, 3, 6)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.marks import slow
+from support.marks import TWO, slow
 from support.training import both, graphs, mlp, received, replicas, same, sgd, square, step, tokens, train, twins
 from torch import Tensor, nn
 
@@ -92,7 +92,7 @@ def _alone(rank: int, mode: str) -> None:
         assert not received(model, transfer)
 
 
-@pytest.mark.parametrize("mode", ["eager", slow("graph")])
+@TWO
 def test_f17_all_levels_of_size_one(ranks: Any, mode: str) -> None:
     ranks(1).run(_alone, mode)
 

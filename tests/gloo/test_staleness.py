@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from support.marks import slow
+from support.marks import TWO
 from support.training import batch, both, mlp, ours, received, same, sgd, square, step, theirs, tokens, train, twins
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -21,7 +21,6 @@ from zcompile.wire import WireFormat
 
 WORLD = 4
 LOSS = square(4, 7)
-TWO = pytest.mark.parametrize("mode", ["eager", slow("graph")])
 # Plans whose compute copies are caches of the master at another placement, at another dtype, or no caches at all.
 SETTINGS: dict[str, dict[str, Any]] = {
     "zero_topo": {},

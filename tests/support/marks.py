@@ -10,3 +10,7 @@ import pytest
 def slow(*values: Any) -> Any:
     """One case, marked slow."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+TWO = pytest.mark.parametrize("mode", ["eager", slow("graph")])
+"""In eager torch and through the passes: a compile takes each rank a second or more."""
