@@ -213,6 +213,25 @@ def new_group(ranks: list[int], *, backend: str | None, timeout: float, descript
     return cast(dist.ProcessGroup, group)
 
 
+def gloo_devices(interfaces: list[str]) -> list[Any]:
+    """What connects gloo groups, each a port and a thread: one per interface, or one of the host's name (ProcessGroupGloo.create_device,
+    torch 2.11 to 2.13)."""
+    gloo: Any = dist.ProcessGroupGloo
+    return [gloo.create_device(interface=name) for name in interfaces] or [gloo.create_default_device()]
+
+
+def gloo_backend(given: Any, devices: list[Any]) -> Any:
+    """What `_new_process_group_helper` makes of a group's options (`_DistributedBackendOptions`) for gloo, over the given devices (read
+    from torch 2.11 to 2.13, which take no devices there)."""
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices, options._threads, options._timeout = devices, 2 * len(devices), given.timeout
+    options.global_ranks_in_group, options.group_name = given.global_ranks_in_group, given.group_id
+    made = gloo(given.store, given.group_rank, given.group_size, options)
+    made._set_sequence_number_for_group()
+    return made
+
+
 def _order_is_an_option() -> bool:
     """Whether `new_group` can be told to keep the order of the ranks (2.12 and 2.13: `sort_ranks`). 2.11 sorts them, and every sharded
     tensor would come back permuted, with no error.

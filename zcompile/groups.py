@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from zcompile import _torch_compat as compat
+from zcompile import gloo
 from zcompile.agreement import PATIENT
 from zcompile.faults.flight import Flight
 from zcompile.faults.watch import Watch
@@ -335,7 +336,12 @@ class Communicators:
     def _make(self, ranks: list[int], level: str, lane: str, backend: str | None) -> dist.ProcessGroup:
         subject = f"level `{level}`, lane `{lane}`, ranks {ranks}"
         try:
-            group = compat.new_group(ranks, backend=backend, timeout=self.timeout, description=f"zc.{level}.{lane}")
+            group = compat.new_group(
+                ranks,
+                backend=backend if self.fake else gloo.shared(backend),
+                timeout=self.timeout,
+                description=f"zc.{level}.{lane}",
+            )
             self._warm_up(group, ranks, torch.device("cpu") if backend == "gloo" else self.device)
             if not self.fake:
                 later = PATIENT if lane == AGREEMENT else self.collective_timeout + LATER

@@ -113,8 +113,8 @@ class Runtime:
                 if innermost and transfer in ("reduce", "sync"):
                     self._first_hops.append(role)
         everybody = list(range(topology.world_size))
-        gloo = None if self._alone else communicators.get("", everybody, "world", AGREEMENT, backend="gloo")
-        self.agreement = Agreement(gloo, self.rank, topology.world_size, timeout, self.watch)
+        words = None if self._alone else communicators.get("", everybody, "world", AGREEMENT, backend="gloo")
+        self.agreement = Agreement(words, self.rank, topology.world_size, timeout, self.watch)
         self._groups = communicators
         if any(role.swap for role in self._roles.values()):
             do_not_preempt()

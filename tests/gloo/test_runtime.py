@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import zcompile
 from zcompile import _torch_compat as compat
+from zcompile import gloo
 from zcompile.groups import CountingGroup, GroupError
 from zcompile.runtime import TRANSFERS, Runtime
 from zcompile.topology import Topology
@@ -240,6 +242,37 @@ def _groups(rank: int, layers: int) -> int:
 def test_requirement_10_process_groups_are_two_a_level_and_one_however_deep_the_model_is() -> None:
     for layers in (2, 20):  # each in processes of its own: groups are kept
         assert run(_groups, 4, layers) == [2 * 2 + 1] * 4, layers
+
+
+def _served(rank: int) -> tuple[int, int, list[str]]:
+    def serving() -> int:
+        return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")].count("gloo_tcp_loop")
+
+    before = serving()
+    runtime("2x2")
+    runtime("4")
+    background = runtime("4").background()
+    assert background is not None
+    made = [role.inner for role in runtime("2x2")._roles.values()] + [background]
+    named = {part.split(":")[-1] for group in made for part in str(dist.get_backend(group)).split(",")}
+    return before, serving(), sorted(named)
+
+
+def test_one_thread_serves_the_connections_of_all_groups() -> None:
+    """Each group's own thread would look at them a hundred times a second."""
+    for before, after, backends in run(_served, 4, timeout=120):
+        assert backends == [gloo.NAME]
+        if not before:
+            pytest.skip("threads have names from torch 2.13 on")
+        assert after == before + 1
+
+
+def test_gloo_groups_are_told_apart_from_others() -> None:
+    """By a group's backend or, where none is named, the default group's."""
+    assert gloo.shared("nccl") == "nccl"
+    assert gloo.shared("gloo") == gloo.NAME
+    assert gloo.shared("cpu:gloo,cuda:nccl") == f"cpu:{gloo.NAME},cuda:nccl"
+    assert gloo.shared(gloo.NAME) == gloo.NAME
 
 
 def _refused(rank: int) -> list[str]:
