@@ -18,8 +18,10 @@ from zcompile.passes.nodes import GATHER, buffers_of, derived, find, spec_of
 from zcompile.times import value_bytes
 
 NAME = "tag"
+GRAPH = "ac_graph_id"
+"""torch's meta key of what was tagged together; a value that a forward saves has it in the backward, too."""
 GRAPH_ID = 1_000_000
-"""`ac_graph_id` of our tags: above any that the user's checkpointing hands out."""
+"""Of our tags: above any that the user's checkpointing hands out."""
 NO_VERSION_CHECK = "saved_tensor_with_no_vc_check"
 """torch's own mark for tensors stashed on ctx (read in 2.13: torch/_functorch/_aot_autograd); a test watches it."""
 
@@ -30,7 +32,7 @@ def run(gm: GraphModule, context: Context) -> None:
     gathers = find(gm.graph, GATHER)
     for node in derived(gathers):
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-        node.meta["ac_graph_id"] = GRAPH_ID
+        node.meta[GRAPH] = GRAPH_ID
     kept = _kept(gathers, context)
     for node in kept:
         node.meta["recompute"] = CheckpointPolicy.MUST_SAVE

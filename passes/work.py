@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Node
 
-from zcompile.passes.nodes import COLLECTIVES, QUANTIZERS, TRAFFIC, VIEWS_AND_CASTS, WAIT, aten, collective_of
+from zcompile.passes.nodes import COLLECTIVES, QUANTIZERS, TRAFFIC, VIEWS_AND_CASTS, WAIT, WHOLE, aten, collective_of
+from zcompile.passes.tag import GRAPH, GRAPH_ID
 from zcompile.times import is_free, is_pointwise, is_product
 
 _MOVES = {aten.cat.default, aten.constant_pad_nd.default, *VIEWS_AND_CASTS, *QUANTIZERS}
@@ -18,7 +19,8 @@ WEIGHTS = "zc_weights"
 
 
 def weights_at_work(nodes: Iterable[Node]) -> dict[Node, int]:
-    """Elements of the gathered weights that each product reads, and of the gradient that it makes for a reduction.
+    """Elements of the weights that each product reads, gathered, kept by the forward or read in place, and of the gradient that it makes
+    for a reduction.
 
     A forward's product and the two of its backward come to the elements of its weight, each of them. What reads weights and multiplies
     nothing (norms, an embedding's lookup) is not in it.
@@ -26,13 +28,15 @@ def weights_at_work(nodes: Iterable[Node]) -> dict[Node, int]:
     found: dict[Node, int] = {}
     weights: set[Node] = set()
     for node in nodes:
+        if node.op == "placeholder" and node.meta.get(GRAPH) == GRAPH_ID:  # a backward's, which the forward kept
+            weights.add(node)
         if node.op != "call_function":
             continue
         if node.meta.get(WEIGHTS):
             found[node] = node.meta[WEIGHTS]
             continue
         read = [source for source in node.all_input_nodes if source in weights]
-        if _gathers(node):
+        if _gathers(node) or WHOLE in node.meta:
             weights.add(node)
         elif read and is_product(node.target):
             found[node] = found.get(node, 0) + sum(_elements(source) for source in read)

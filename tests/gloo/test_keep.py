@@ -14,6 +14,8 @@ from support.spawn import Pool, RanksFailed
 from torch import nn
 
 from zcompile import Plan, hierarchical_zero, ledger
+from zcompile.front import engine_of
+from zcompile.passes.work import weights_at_work
 
 Ranks = Callable[[int], Pool]
 LAYERS, WIDTH = 4, 32
@@ -87,3 +89,24 @@ def test_bad_values_and_ranks_that_keep_different_amounts(ranks: Ranks) -> None:
             ranks(4).run(keeps, bad)
     with pytest.raises(RanksFailed, match="settings of hierarchical_zero"):
         ranks(4).run(different)
+
+
+def work(_: int, peer_gather: bool, keep: int) -> dict[str, int]:
+    """Stage -> elements of the weights at work in its graph."""
+    layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU())]
+    plan = Plan.preset("zero3", peer_gather=peer_gather)
+    settings = {"topology": "2", "plan": plan, "compute_dtype": torch.bfloat16}
+    model: Any = hierarchical_zero(nn.Sequential(*layers), keep=keep, codegen=False, **settings)
+    engine_of(model, "").graphs = graphs = []
+    model(torch.randn(8, WIDTH).bfloat16()).square().mean().backward()
+    return {stage: sum(weights_at_work(gm.graph.nodes).values()) for stage, gm in graphs}
+
+
+@pytest.mark.parametrize(
+    ("peer_gather", "keep"), [(False, 0), (False, LAYERS * ONE), (True, 0)], ids=["gathered", "kept", "in place"]
+)
+def test_the_work_of_weights_is_known_wherever_they_are(ranks: Ranks, peer_gather: bool, keep: int) -> None:
+    """What a schedule goes by: each forward product reads a weight; a backward has two products of each, but for the first's input."""
+    one = WIDTH * WIDTH
+    for found in ranks(2).run(work, peer_gather, keep, timeout=120.0):
+        assert found == {"forward": LAYERS * one, "backward": (2 * LAYERS - 1) * one}
