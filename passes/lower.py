@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from zcompile import cost, transfers
-from zcompile._torch_compat import detect_fake_mode
+from zcompile._torch_compat import detect_fake_mode, storage_key
 from zcompile.layout import ParamSpec
 from zcompile.ops import needs_wait
 from zcompile.passes import seedless
@@ -122,8 +122,8 @@ class _Lowering:
             if wait:
                 copy = torch.ops._c10d_functional.wait_tensor(copy)
             wholes = transfers.gather(copy, specs)
-            own = copy.untyped_storage()._cdata  # an output may not be a view of a copy
-            return [w.clone() if given and w.untyped_storage()._cdata == own else w for w in wholes]
+            own = storage_key(copy)  # an output may not be a view of a copy
+            return [w.clone() if given and storage_key(w) == own else w for w in wholes]
 
         wholes = self._insert(gather, ("gather", wait, given), [group[0].args[1]], specs, group[0])
         for node, spec in zip(wholes, specs, strict=True):

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from zcompile._torch_compat import storage_key
 from zcompile.passes import in_flight
 from zcompile.passes.context import Context
 from zcompile.passes.nodes import COLLECTIVES, PEER_GATHER, REFRESH, TRAFFIC, WAIT, arrange, collective_of
@@ -377,4 +378,4 @@ def _written(node: Node) -> list[Node]:
 def _storage(node: Node) -> object:
     """Equal for nodes whose values share memory."""
     value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node
+    return storage_key(value) if isinstance(value, torch.Tensor) else node

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from zcompile._torch_compat import init_call
+from zcompile._torch_compat import init_call, storage_key
 
 _RECORDED: Any = WeakTensorKeyDictionary()
 """parameter or buffer -> the recording in which it was made"""
@@ -84,8 +84,8 @@ class Recording:
 
     def part(self, tensor: Tensor) -> Part:
         storage = tensor.untyped_storage()
-        self.storages[storage._cdata] = storage
-        return Part(storage._cdata, tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+        self.storages[storage_key(storage)] = storage
+        return Part(storage_key(storage), tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
     def note(self, function: Any, args: Any, kwargs: Any, outputs: Any, writes: list[Tensor], whole: bool) -> None:
         """Write a call down. `whole`: it fills what it writes to, reading nothing of it."""

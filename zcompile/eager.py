@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from zcompile import transfers
+from zcompile._torch_compat import storage_key
 from zcompile.faults.sites import Parameters, about, places, users_place
 from zcompile.ops import ACCUMULATE, compensated, finish, needs_wait, watch
 from zcompile.params import Slot
@@ -80,8 +81,8 @@ def whole(slot: Slot, call: Any) -> Tensor:
     with transferring(call, slot, "eager code"):
         out = transfers.gather(copy, [spec])[0]
     storage = out.untyped_storage()
-    if storage._cdata != copy.untyped_storage()._cdata:
-        call.wholes[storage._cdata] = (StorageWeakRef(storage), slot)
+    if storage_key(storage) != storage_key(copy):
+        call.wholes[storage_key(storage)] = (StorageWeakRef(storage), slot)
     return out
 
 
@@ -173,7 +174,7 @@ def keep_wholes_out(call: Any) -> Iterator[None]:
 
     @torch.compiler.disable  # see Note [Frames that Dynamo gives up]
     def pack(tensor: Tensor) -> Tensor | _Saved:
-        found = call.wholes.get(tensor.untyped_storage()._cdata)
+        found = call.wholes.get(storage_key(tensor))
         if found is not None and tensor.dtype == transfers.dtype(found[1].spec.compute):
             return _Saved(found[1], tensor)
         slot = _cast_of(tensor)

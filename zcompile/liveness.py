@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.fx import Node
 
+from zcompile._torch_compat import storage_key
 from zcompile.passes.nodes import ALL_GATHER, PEER_GATHER, QUANTIZE, REQUANTIZE, TRAFFIC, TRANSFER, WAIT, WIRE
 from zcompile.times import hint
 
@@ -49,7 +50,7 @@ class Liveness:
             self.key[node] = self.key[node.args[0]]
             self.last[self.key[node]] = node
             return
-        key: object = value.untyped_storage()._cdata
+        key: object = storage_key(value)
         self.key[node] = key
         self.last[key] = node
         if key not in self.first:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from zcompile import transfers
+from zcompile._torch_compat import storage_key
 from zcompile.faults.sites import Parameters, about
 from zcompile.layout import ParamSpec
 
@@ -59,7 +60,7 @@ def _gather(leaf: Tensor, copy: Tensor, main: Tensor | None, states: list[Tensor
     with about(Parameters((param.name,), "", "a forward"), unless_said=True):
         whole = transfers.gather(copy, [param])[0]
     # A functional op may not return a view of its input.
-    shared = whole.untyped_storage()._cdata == copy.untyped_storage()._cdata
+    shared = storage_key(whole) == storage_key(copy)
     return whole.clone() if shared else whole
 
 
@@ -74,7 +75,7 @@ def _reduce(grad: Tensor, spec: str) -> Tensor:
     param = ParamSpec.parse(spec)
     with about(Parameters((param.name,), "", "a backward"), unless_said=True):
         out = transfers.reduce([grad], [param])
-    return out.clone() if out.untyped_storage()._cdata == grad.untyped_storage()._cdata else out
+    return out.clone() if storage_key(out) == storage_key(grad) else out
 
 
 def _reduce_fake(grad: Tensor, spec: str) -> Tensor:
@@ -86,7 +87,7 @@ def _sync(total: Tensor, spec: str) -> Tensor:
     param = ParamSpec.parse(spec)
     with about(Parameters((param.name,), "", "a backward"), unless_said=True):
         out = transfers.sync(total, [param]).reshape(-1)
-    return out.clone() if out.untyped_storage()._cdata == total.untyped_storage()._cdata else out
+    return out.clone() if storage_key(out) == storage_key(total) else out
 
 
 def _sync_fake(total: Tensor, spec: str) -> Tensor:

@@ -23,6 +23,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
+from zcompile._torch_compat import storage_key
 from zcompile.plan import Plan
 from zcompile.ranks import RanksFailed
 from zcompile.topology import Topology
@@ -75,7 +76,7 @@ class Sleeps:
 
     def launch(self, level: str, output: Any, sent: Any) -> None:
         if isinstance(output, Tensor) and output.dim() and output.is_contiguous():
-            within = isinstance(sent, Tensor) and sent.untyped_storage()._cdata == output.untyped_storage()._cdata
+            within = isinstance(sent, Tensor) and storage_key(sent) == storage_key(output)
             kept = sent.clone() if within else None
             output.view(torch.uint8).fill_(255)  # NaN in every format, and no codes that anybody sent
             if kept is not None:  # a gather in place

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.patches import replaced
 from support.spawn import Pool, RanksFailed, run
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -188,11 +189,8 @@ def test_topologies_that_share_groups_on_some_ranks_only(ranks: Ranks) -> None:
 
 def _sorted_by_torch(rank: int) -> list[str]:
     """With a `new_group` that sorts the ranks, as that of torch 2.11 does."""
-    option, compat._order_is_an_option = compat._order_is_an_option, lambda: False
-    try:
+    with replaced(compat.groups, "_order_is_an_option", lambda: False):
         return _many_topologies(rank, ORDERED)
-    finally:
-        compat._order_is_an_option = option
 
 
 def test_groups_keep_the_order_of_ranks_where_torch_would_sort_them(ranks: Ranks) -> None:

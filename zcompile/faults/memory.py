@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from zcompile._torch_compat import storage_key
 from zcompile.passes.nodes import ALL_GATHER, ALL_TO_ALL, PEER_GATHER, QUANTIZE, REQUANTIZE, SUM, WAIT, WHOLE, WIRE
 from zcompile.wording import size
 
@@ -44,7 +45,7 @@ def peaks(gm: GraphModule) -> dict[str, int]:
         found = set()
         for value in torch.utils._pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, torch.Tensor) and isinstance(value.untyped_storage().nbytes(), int):
-                key = value.untyped_storage()._cdata
+                key = storage_key(value)
                 if node.target is WAIT:  # what it yields is the collective's own buffer, under another name
                     same[key] = next(iter(storage[node.args[0]]), key)
                 key = same.get(key, key)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zcompile import times
-from zcompile._torch_compat import FakeTensorMode, TorchDispatchMode
+from zcompile._torch_compat import FakeTensorMode, TorchDispatchMode, storage_key
 from zcompile.machines import Device
 from zcompile.params import named_owners
 from zcompile.shapes import SHAPES, Decoder
@@ -240,7 +240,7 @@ class _Recorder(TorchDispatchMode):
         self.split = 0
         self.uses = {name: Use(name) for name in parameters}
         self._maker: dict[int, int] = {}
-        self._names = {parameter.untyped_storage()._cdata: name for name, parameter in parameters.items()}
+        self._names = {storage_key(parameter): name for name, parameter in parameters.items()}
         self._known: set[int] = set()
         self._bytes = 0
         self._backward = False
@@ -250,7 +250,7 @@ class _Recorder(TorchDispatchMode):
 
     def ignore(self, values: Any) -> None:
         """Storages that are not counted as alive: parameters and buffers."""
-        self._known.update(value.untyped_storage()._cdata for value in values)
+        self._known.update(storage_key(value) for value in values)
 
     def begin_backward(self) -> None:
         self.split, self._backward = len(self.ops), True
@@ -290,7 +290,7 @@ class _Recorder(TorchDispatchMode):
 
     def _needed(self, value: Tensor, number: int, product: bool) -> int:
         """Notes that an operation reads a parameter, if it is one; returns how many of its elements a product does."""
-        name = self._names.get(value.untyped_storage()._cdata)
+        name = self._names.get(storage_key(value))
         if name is None:
             return 0
         use = self.uses[name]
@@ -303,7 +303,7 @@ class _Recorder(TorchDispatchMode):
 
     def _alive(self, value: Tensor) -> None:
         storage = value.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_key(storage), storage.nbytes()
         if key in self._known:
             return
         self._known.add(key)
