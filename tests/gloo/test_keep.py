@@ -93,6 +93,7 @@ def test_bad_values_and_ranks_that_keep_different_amounts(ranks: Ranks) -> None:
 
 def work(_: int, peer_gather: bool, keep: int) -> dict[str, int]:
     """Stage -> elements of the weights at work in its graph."""
+    torch.manual_seed(0)
     layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU())]
     plan = Plan.preset("zero3", peer_gather=peer_gather)
     settings = {"topology": "2", "plan": plan, "compute_dtype": torch.bfloat16}
