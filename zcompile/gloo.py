@@ -31,7 +31,7 @@ def shared(backend: str | None) -> str | None:
     if found == text:
         return backend
     if NAME.upper() not in vars(dist.Backend):
-        devices = dist.Backend.backend_capability["gloo"]
+        devices = list(dist.Backend.backend_capability["gloo"])
         dist.Backend.register_backend(NAME, _make, extended_api=True, devices=devices)
     return found
 
