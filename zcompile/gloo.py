@@ -27,7 +27,7 @@ _devices: dict[str, list[Any]] = {}
 def shared(backend: str | None) -> str | None:
     """`backend` ("gloo", "cpu:gloo,cuda:nccl"; None: the default group's) as a group of zcompile's has it: with NAME for torch's gloo."""
     text = backend or compat.backend_config()
-    found = re.sub(r"(?<![\w])gloo(?![\w])", NAME, text)
+    found = re.sub(r"\bgloo\b", NAME, text)
     if found == text:
         return backend
     if NAME.upper() not in vars(dist.Backend):

@@ -337,10 +337,7 @@ class Communicators:
         subject = f"level `{level}`, lane `{lane}`, ranks {ranks}"
         try:
             group = compat.new_group(
-                ranks,
-                backend=backend if self.fake else gloo.shared(backend),
-                timeout=self.timeout,
-                description=f"zc.{level}.{lane}",
+                ranks, backend=gloo.shared(backend), timeout=self.timeout, description=f"zc.{level}.{lane}"
             )
             self._warm_up(group, ranks, torch.device("cpu") if backend == "gloo" else self.device)
             if not self.fake:

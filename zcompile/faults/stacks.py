@@ -57,7 +57,6 @@ def _learn_main() -> None:
     """Called by the main thread: at import, and by the thread that a fork makes the main one."""
     _main.clear()
     if threading.current_thread() is threading.main_thread():
-        _API.PyThreadState_Get.restype = ctypes.c_void_p
         _main.append(_API.PyThreadState_Get())
 
 
@@ -66,11 +65,11 @@ def _dump(file: IO[Any]) -> None:
     if not _ALONE:
         faulthandler.dump_traceback(file, all_threads=True)
     elif _main:
-        dump = _API._Py_DumpTraceback
-        dump.argtypes, dump.restype = [ctypes.c_int, ctypes.c_void_p], None
-        dump(file.fileno(), _main[0])
+        _API._Py_DumpTraceback(file.fileno(), _main[0])
 
 
-if _ALONE:
+if _ALONE and hasattr(_API, "_Py_DumpTraceback"):  # else reports name no line
+    _API.PyThreadState_Get.restype = ctypes.c_void_p
+    _API._Py_DumpTraceback.argtypes, _API._Py_DumpTraceback.restype = [ctypes.c_int, ctypes.c_void_p], None
     _learn_main()
     os.register_at_fork(after_in_child=_learn_main)
