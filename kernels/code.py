@@ -71,4 +71,24 @@ class Code:
 
     def record_bytes(self, n: int) -> int:
         """Bytes of one record: codes, scales, and zeros up to a multiple of ALIGN."""
-        return -(-(self.code_bytes(n) + self.scale_bytes(n)) // ALIGN) * ALIGN
+        return aligned(self.code_bytes(n) + self.scale_bytes(n))
+
+
+LOSSLESS_HEADER = 16
+LOSSLESS_SHARE = 16
+"""One value in so many of a lossless delta may be an exception, two bytes more: the room for them is an eighth of the codes."""
+
+
+def lossless_room(n: int) -> int:
+    """Exceptions for which the record of n values has room."""
+    return -(-n // LOSSLESS_SHARE)
+
+
+def lossless_bytes(n: int) -> int:
+    """Bytes of the record of n values in a lossless delta: header, codes, exceptions."""
+    return LOSSLESS_HEADER + aligned(n) + aligned(2 * lossless_room(n))
+
+
+def aligned(size: int) -> int:
+    """Bytes of a part of a record, with the zeros behind it."""
+    return -(-size // ALIGN) * ALIGN

@@ -1,4 +1,4 @@
-"""The quantisers on CPU tensors: `cpu.cpp`, built once per machine with the C++ compiler and called through ctypes.
+"""The quantisers on CPU tensors: `cpu.cpp` (beside `lossless.cpp`), built once per machine with the C++ compiler and called through ctypes.
 
 The functions have the signatures of `reference.py` and give its bits. Where there is no compiler, where a build fails, for fp8
 codes and for dtypes other than fp32 and bf16, the reference itself does the work: the same bits, more slowly. ctypes lets go
@@ -45,7 +45,7 @@ def quantize(xs: Sequence[Tensor], geometry: Geometry, code: Code) -> Tensor:
         xs = [x.to(torch.float32) for x in xs]
     message = torch.empty(table.bytes, dtype=torch.uint8)
     if xs:
-        library.zcompile_quantize(table.at, _pointers(xs), _DTYPES[xs[0].dtype], geometry.flat, message.data_ptr())
+        library.zcompile_quantize(table.at, pointers(xs), _DTYPES[xs[0].dtype], geometry.flat, message.data_ptr())
     return message
 
 
@@ -98,7 +98,7 @@ def reduce(message: Tensor, parts: int, mains: Sequence[Tensor], geometry: Geome
     if library is None:
         return reference.reduce(message, parts, mains, geometry, code)
     out = torch.empty(geometry.rows * geometry.width, dtype=torch.float32)
-    library.zcompile_reduce(table.at, message.data_ptr(), parts, _pointers(mains) if mains else None, out.data_ptr())
+    library.zcompile_reduce(table.at, message.data_ptr(), parts, pointers(mains) if mains else None, out.data_ptr())
     return out
 
 
@@ -116,7 +116,7 @@ def accumulate(message: Tensor, parts: int, mains: Sequence[Tensor], geometry: G
         for main, values in zip(mains, total.split([piece.n for piece in geometry.pieces], dim=1), strict=True):
             main.view(geometry.rows, -1).copy_(values)
     elif mains:
-        library.zcompile_reduce(table.at, message.data_ptr(), parts, _pointers(mains), None)
+        library.zcompile_reduce(table.at, message.data_ptr(), parts, pointers(mains), None)
 
 
 def requantize(message: Tensor, parts: int, geometry: Geometry, code: Code, into: Code) -> Tensor:
@@ -199,7 +199,8 @@ def _parts(message: Tensor, parts: int, geometry: Geometry, code: Code) -> tuple
     return _use(code), table, _checked(message, "message", parts * table.bytes, (torch.uint8,))
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
+def pointers(tensors: Sequence[Tensor]) -> Any:
+    """Where tensors begin, as the library takes it."""
     return (ctypes.c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])
 
 
@@ -271,6 +272,8 @@ _SIGNATURES = {
     "zcompile_apply_delta": "ppip",
     "zcompile_reduce": "ppipp",
     "zcompile_requantize": "pppip",
+    "zcompile_lossless_encode": "pppipp",
+    "zcompile_lossless_decode": "pipppip",
 }
 """p: an address, i: an int64."""
 
@@ -280,9 +283,12 @@ _library: list[ctypes.CDLL | None] = []
 
 
 def _use(code: Code) -> Any:
-    """The library, built or loaded at first use; None if the reference is to do the work."""
-    if not code.integer:
-        return None
+    """The library; None if the reference is to do the work."""
+    return library() if code.integer else None
+
+
+def library() -> Any:
+    """The library, built or loaded at first use; None where it cannot be had."""
     if not _library:
         with _lock:
             if not _library:

@@ -1,4 +1,4 @@
-"""The shared library of the CPU kernels: `cpu.cpp` as the machine's C++ compiler makes it, once, kept in a cache."""
+"""The shared library of the CPU kernels: `cpu.cpp` and `lossless.cpp` as the machine's C++ compiler makes it, once, kept in a cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "lossless.cpp"))
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared",
     "-ffp-contract=off",  # a fused multiply-add rounds once where the reference rounds twice
@@ -70,7 +70,7 @@ def _folder() -> Path:
 def _key(compiler: Sequence[str]) -> str:
     """Hash of all that the bytes of the library depend on: -march=native is another thing on another CPU."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-    parts = [SOURCE.read_text(), *FLAGS, *NATIVE, *compiler, version, platform.machine(), *_cpu()]
+    parts = [*(source.read_text() for source in SOURCES), *FLAGS, *NATIVE, *compiler, version, platform.machine(), *_cpu()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -91,7 +91,7 @@ def _compile(compiler: Sequence[str], target: Path) -> None:
         handle, name = tempfile.mkstemp(prefix=target.stem, suffix=".tmp", dir=target.parent)
         os.close(handle)
         try:
-            command = [*compiler, *FLAGS, *([native] if native else []), str(SOURCE), "-o", name]
+            command = [*compiler, *FLAGS, *([native] if native else []), *map(str, SOURCES), "-o", name]
             done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
             if done.returncode == 0:
                 os.chmod(name, 0o700)
@@ -101,7 +101,7 @@ def _compile(compiler: Sequence[str], target: Path) -> None:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
-    raise RuntimeError(f"{shlex.join(compiler)} cannot compile {SOURCE.name}: {said[:500]}")
+    raise RuntimeError(f"{shlex.join(compiler)} cannot compile {' and '.join(source.name for source in SOURCES)}: {said[:500]}")
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ EMBEDDING = (paper_rule("embed.weight"),)
 PLANS = {
     "zero_topo": Plan.preset("zero_topo"),
     BASE: Plan.preset("zero_topo", reduce="bf16"),
+    "all bf16, lossless delta": Plan.preset("zero_topo", reduce="bf16", refresh="lossless-delta"),
     PAPER: Plan.preset("zero_topo", wire="paper"),
     "paper, int8-delta": Plan.preset("zero_topo", wire="paper", refresh="int8-delta"),
     "paper, int4-delta": Plan.preset("zero_topo", wire="paper", refresh="int4-delta"),

@@ -152,7 +152,7 @@ def state_bytes(specs: Iterable[ParamSpec], copies: Mapping[str, int], accumulat
         layout = spec.layout
         out["master"] += 4 * layout.shard
         out["copy"] += copies.get(spec.name, 0) * spec.held * spec.stored.bytes(layout.shard)
-        if spec.delta and spec.stored.quantized:
+        if spec.imaged and spec.stored.quantized:
             out["image"] += WireFormat.parse("native").resolved(spec.compute).bytes(spec.held * layout.shard)
         out["main"] += 4 * layout.width(spec.g) if accumulating else 0
         out["gradient"] += 4 * layout.shard

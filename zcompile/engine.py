@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from zcompile import covered, peers, transfers
+from zcompile import covered, lossless, peers, transfers
 from zcompile._torch_compat import all_gather, in_backward, many_graphs
 from zcompile.agreement import pack_flags, set_anywhere
 from zcompile.call import Call, Window
@@ -25,7 +25,7 @@ from zcompile.eager import keep_wholes_out
 from zcompile.launches import Launches
 from zcompile.ops import ACCUMULATE, DIRECT, NONE, PHASES, SYNC
 from zcompile.origins import Origins
-from zcompile.params import MASTER, Slot, build
+from zcompile.params import MASTER, Slot, Unit, build
 from zcompile.refresh import Refresher
 from zcompile.resolved import ResolvedPlan
 from zcompile.runtime import Runtime
@@ -171,13 +171,15 @@ class Engine:
         """
         phase = self._phase()
         refusal: Exception | None = None
+        overfull: set[Unit] = set()
         try:
             self._check_unchanged()
             self.sums.check_masters()
             self.sums.check_copies()
+            overfull = lossless.prepared(self.units)
         except Exception as error:  # raised after the others were told, who would wait for this rank otherwise
             refusal = error
-        flags = [unit.stale for unit in self.units] + [unit.wants_full for unit in self.units]
+        flags = [unit.stale for unit in self.units] + [unit.wants_full or unit in overfull for unit in self.units]
         agreed = self._agree(phase, flags, refusal)
         if self.runtime.watch is not None:
             self.runtime.watch.in_step()

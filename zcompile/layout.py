@@ -255,12 +255,22 @@ class ParamSpec:
         """Whether the copies of the ranks of `peer_level` are parts of one buffer that all of them have mapped, [E_o, shard] for each
         parameter of a unit, one behind another: a gather is a view of it, and moves nothing. Plain values can lie so; codes are
         dequantised by each rank, and an image is its own."""
-        return self.mapped and bool(self.peer_level) and not self.stored.quantized and not self.delta
+        return self.mapped and bool(self.peer_level) and not self.stored.quantized and not self.imaged
 
     @cached_property
     def delta(self) -> bool:
         """Whether a refresh sends what has changed. The deltas of one parameter are one format over all levels."""
         return bool(self.refresh_levels()) and WireFormat.parse(self.refresh[self.w]).delta
+
+    @cached_property
+    def lossless(self) -> bool:
+        """Whether that brings the very bits of the weights: then what the holders have is the copy itself, whatever was sent before."""
+        return self.delta and WireFormat.parse(self.refresh[self.w]).lossless
+
+    @cached_property
+    def imaged(self) -> bool:
+        """Whether the holders keep an image: see Note [Images] in zcompile.params."""
+        return self.delta and not self.lossless
 
     def first_hop(self, transfer: str) -> tuple[int, WireFormat] | None:
         """(level, wire format) of the first hop of a reduce or a sync that communicates; None if none does."""

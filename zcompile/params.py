@@ -101,7 +101,7 @@ class Unit:
     master: Tensor
     copy: Tensor
     image: Tensor | None
-    """[E_o / E_w, unit_shard] in the compute dtype, with a delta refresh: see Note [Images]."""
+    """[E_o / E_w, unit_shard] in the compute dtype, with a delta refresh that is not lossless: see Note [Images]."""
     index: int
     """Which of the E_o shards is that of this rank's masters."""
     full_every: int
@@ -116,6 +116,8 @@ class Unit:
     """Something else than an optimizer has written since the last refresh (or there was none): a delta has to be a full refresh."""
     deltas: int = 0
     """Delta refreshes since the last full one."""
+    message: Tensor | None = None
+    """What this rank sends in a lossless delta refresh that is about to be launched: see zcompile.lossless."""
     _copied: tuple[Tensor, list[Tensor]] | None = None
     """A copy, and the parts of it that are this rank's."""
 
@@ -140,6 +142,14 @@ class Unit:
         return self._copied[1]
 
     @property
+    def rows(self) -> list[Tensor]:
+        """The same of each parameter [E_o / E_w, shard], wherever it lies; not for copies of codes."""
+        if self.first.in_place:
+            return self.copied
+        shards = [spec.layout.shard for spec in self.specs]
+        return list(self.copy.view(self.first.held, -1).split(shards, dim=1))
+
+    @property
     def cached(self) -> bool:
         """True if the copy is a cache: it differs from the master in placement or format and has to be refreshed."""
         return self.copy is not self.master
@@ -157,7 +167,7 @@ class Unit:
     def wants_full(self) -> bool:
         """The next refresh cannot be a delta: nothing was sent yet, something else than an optimizer wrote, or it is time for one."""
         due = 0 < self.full_every <= self.deltas
-        return self.image is not None and (self.foreign or self.stepped != self.version or due)
+        return self.first.delta and (self.foreign or self.stepped != self.version or due)
 
     @property
     def coded(self) -> bool:
@@ -282,7 +292,7 @@ def build(model: nn.Module, plan: ResolvedPlan, mesh: DeviceMesh, coordinates: t
         row_width = first.unit_record if first.stored.quantized else first.unit_shard
         copy = torch.zeros(first.held * row_width, dtype=stored, device=device) if first.has_copy else master
         image = None
-        if first.delta:
+        if first.imaged:
             as_seen = transfers.dtype(first.compute)
             image = copy if stored == as_seen else torch.zeros(first.held * first.unit_shard, dtype=as_seen, device=device)
             image = image.view(first.held, -1)

@@ -48,7 +48,8 @@ _ORDER = {name: i for i, name in enumerate(("whole", *LADDER[:-1], "world"))}
 
 KINDS = ("matrix", "embedding", "norm", "vector")
 """Kinds of parameters: of two dimensions or more; those of embeddings and of norms; of one dimension or none. The plan's quantised
-formats are for matrices; the others keep native ones, unless a rule gives them formats of their own."""
+formats are for matrices, lossless deltas for these and embeddings; the others keep native ones, unless a rule gives them formats of
+their own."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Plan:
     dtype, "int8", "int4", "fp8", with options: see WireFormat) or a mapping from level name to format. A level missing from a
     mapping takes the transfer's default: gather native, reduce fp32, sync what reduce has there, refresh what gather has there,
     back fp32. None means that default at all levels. `back` is the way from the world back to O when O is narrower. A refresh can
-    also be "int8-delta" or "int4-delta". Quantised formats are for matrices: see KINDS and Rule.
+    also be "int8-delta", "int4-delta", or "lossless-delta": the bits of native bf16 weights in fewer bytes. Quantised formats are for
+    matrices: see KINDS and Rule.
     wire: "paper" is int8 gathers (so refreshes) and int4/128 reductions (so syncs), where these are not given.
     full_refresh_every: after so many delta refreshes in a row a full one (0: after other writes only).
     error_feedback: None, or beta in [0, 1): what quantising a gradient loses on this rank is added to its next one. The state is
@@ -211,7 +213,7 @@ class Plan:
         return ResolvedPlan(self, topology, compute, chip or topology.device.chip)
 
 
-ALLOWED = ("bf16", "int8", "int4", "int8-delta", "int4-delta")
+ALLOWED = ("bf16", "int8", "int4", "lossless-delta", "int8-delta", "int4-delta")
 """What the planner may be allowed beyond native gathers and fp32 reductions: bf16 and int4 for reductions, int8 for gathers and
 reductions, deltas for refreshes."""
 

@@ -76,6 +76,8 @@ class Order:
         refreshed = [wires.refresh[j] for j in reversed(travelling) if w <= j < o]
         native = COMPUTE_FORMATS[compute]
         delta = refreshed[0].text if refreshed and refreshed[0].delta else ""
+        if refreshed and refreshed[0].lossless:  # as if the weights themselves had been sent
+            delta, refreshed = "", []
         casts = [] if delta else [wire.text for wire in refreshed]
         casts += [gathered[0] if gathered else native, *gathered, native]
         layout = Layout(tuple(shape), sizes, o, wires.block)

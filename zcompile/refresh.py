@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from zcompile import transfers
+from zcompile import lossless, transfers
 from zcompile._torch_compat import all_gather, below_autograd, register_future
 from zcompile.faults.sites import Parameters, about
 from zcompile.faults.watch import REFRESH_THREADS
@@ -49,8 +49,8 @@ def run_hops(unit: Unit, full: bool = True) -> Iterator[int]:
         full: of a unit with a delta refresh: send weights, not what has changed.
     """
     first, specs, image = unit.first, unit.specs, unit.image
-    native = WireFormat.parse(COMPUTE_FORMATS[first.compute])
     delta = image is not None and not full
+    message, unit.message = None if full else unit.message, None
     x, have, rows = unit.master, _FP32, 1
     hops = unit.refresh_hops()
     places: dict[int, Tensor] = {}
@@ -58,8 +58,11 @@ def run_hops(unit: Unit, full: bool = True) -> Iterator[int]:
         yield level
         if level not in hops:
             continue
-        if rows == 1 and image is None:
-            x, have, places = own_place(unit)
+        if rows == 1 and message is not None:
+            x, places = _places(unit, message.numel(), message.dtype)
+            x.copy_(message)
+        elif rows == 1 and image is None:
+            x, have, places = own_place(unit, full)
         if places:
             x, rows = transfers.gather_in_place(x, places[level], level, first, "refresh"), rows * first.sizes[level - 1]
             continue
@@ -68,9 +71,12 @@ def run_hops(unit: Unit, full: bool = True) -> Iterator[int]:
             have = WireFormat.parse(first.refresh[first.w])
             flat = transfers.flat_geometry(1, specs).text
             x = transfers.kernels.quantize_delta(unit.master, image[unit.row], flat, have.code.text)
-        wire = native.text if image is not None and full else first.refresh[level - 1]
-        x, have, rows = transfers.gather_hops(x, have, [(level, wire)], specs, "refresh", rows)
+        wire = sent_as(unit, level, full)
+        x, have, rows = transfers.gather_hops(x, have, [(level, wire.text)], specs, "refresh", rows)
     yield 0
+    if message is not None:
+        lossless.apply(unit, x)
+        return
     geometry = transfers.flat_geometry(rows, specs)
     if image is None:
         stored = transfers.convert(x, have, first.stored, geometry)
@@ -87,7 +93,13 @@ def run_hops(unit: Unit, full: bool = True) -> Iterator[int]:
     copy_from_image(unit)
 
 
-def own_place(unit: Unit) -> tuple[Tensor, WireFormat, dict[int, Tensor]]:
+def sent_as(unit: Unit, level: int, full: bool) -> WireFormat:
+    """The format of the hop over a level: that of the plan, or native in a `full` one where the plan has deltas."""
+    first = unit.first
+    return WireFormat.parse(COMPUTE_FORMATS[first.compute] if full and first.delta else first.refresh[level - 1])
+
+
+def own_place(unit: Unit, full: bool) -> tuple[Tensor, WireFormat, dict[int, Tensor]]:
     """Memory for all rows of a refresh whose hops have one native format, each of which then gathers into its part of it: nobody's own
     values are copied in between.
 
@@ -95,21 +107,27 @@ def own_place(unit: Unit) -> tuple[Tensor, WireFormat, dict[int, Tensor]]:
         (the master's values, where they belong among all; their format; level -> where its hop gathers to). Of other refreshes the master
         itself, fp32, nothing.
     """
-    first, hops = unit.first, unit.refresh_hops()
-    texts = {first.refresh[level - 1] for level in hops}
-    wire = WireFormat.parse(texts.pop())
-    if texts or wire.quantized:
+    wires = {sent_as(unit, level, full) for level in unit.refresh_hops()}
+    wire = wires.pop()
+    if wires or wire.quantized:
         return unit.master, _FP32, {}
-    rows, row = math.prod(first.sizes[level - 1] for level in hops), unit.row
-    x = torch.empty(rows * unit.master.numel(), dtype=transfers.dtype(wire.text), device=unit.master.device)
+    x, places = _places(unit, unit.master.numel(), transfers.dtype(wire.text))
+    return x.copy_(unit.master), wire.whole, places
+
+
+def _places(unit: Unit, elements: int, dtype: torch.dtype) -> tuple[Tensor, dict[int, Tensor]]:
+    """(this rank's row [elements], level -> where its hop gathers to) in memory for all rows of a refresh."""
+    hops = unit.refresh_hops()
+    rows, row, places = math.prod(unit.first.sizes[level - 1] for level in hops), unit.row, {}
+    x = torch.empty(rows * elements, dtype=dtype, device=unit.master.device)
     POOL.land(x)
-    places = {}
     for level in reversed(hops):
         places[level] = x
-        rows //= first.sizes[level - 1]
-        x = x.view(first.sizes[level - 1], -1)[row // rows]
+        size = unit.first.sizes[level - 1]
+        rows //= size
+        x = x.view(size, -1)[row // rows]
         row %= rows
-    return x.copy_(unit.master), wire.whole, places
+    return x, places
 
 
 def copy_from_image(unit: Unit) -> None:
@@ -156,9 +174,11 @@ def sent(unit: Unit, full: bool) -> dict[int, int]:
     """level -> bytes that one rank receives in a refresh of this unit: by the sizes of its messages, for the ledger."""
     first, out, rows = unit.first, {}, 1
     for level in unit.refresh_hops():
-        wire = WireFormat.parse(COMPUTE_FORMATS[first.compute] if full else first.refresh[level - 1])
+        wire = sent_as(unit, level, full)
         if wire.quantized:
             message = transfers.flat_geometry(rows, unit.specs).message_bytes(wire.code)
+        elif wire.lossless:
+            message = rows * sum(wire.bytes(spec.layout.shard) for spec in unit.specs)
         else:
             message = rows * unit.master.numel() * transfers.dtype(wire.text).itemsize
         out[level] = (first.sizes[level - 1] - 1) * message
@@ -224,6 +244,11 @@ class Refresher:
             if level and level not in ready:
                 ready.add(level)
                 self._put(_barrier(unit, self._device))
+            if unit.first.lossless and unit not in full:
+                if unit.message is None:  # nothing was written here, but on another rank
+                    lossless.prepare(unit)
+                if self._stream and unit.message is not None:
+                    unit.message.record_stream(self._stream)
             if not unit.refresh_hops() and not level:
                 with torch.no_grad():
                     for _ in run_hops(unit):

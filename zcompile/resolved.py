@@ -12,6 +12,9 @@ from zcompile.plan import DEFAULTS, OWNERS, TRANSFERS, Plan, Rule, check_order, 
 from zcompile.topology import LADDER, Topology
 from zcompile.wire import COMPUTE_FORMATS, Formats, WireFormat
 
+LOSSLESS_SMALLEST = 1024
+"""Values of a shard below which header and padding are some percent of a lossless delta."""
+
 
 @dataclass(frozen=True)
 class ResolvedPlan:
@@ -39,8 +42,20 @@ class ResolvedPlan:
                         valid = ", ".join(dict.fromkeys((*self.topology.names, *LADDER)))
                         raise ValueError(f"{what}{transfer} names the unknown level {level!r}; valid: {valid}")
                 self.formats(transfer, rule=rule)
+            self._check_lossless(what, rule)
         if self.plan.peer_gather:
             self._check_peers()
+
+    def _check_lossless(self, what: str, rule: Rule | None) -> None:
+        """A lossless delta goes on from bf16 values: copies that are stored otherwise are none."""
+        w = self.topology.index(self.plan.placements(rule)["weights"])
+        levels = list(zip(self.topology.names, self.topology.sizes, self.formats("gather", rule=rule), strict=True))
+        sent = next((wire for _, size, wire in reversed(levels[:w]) if size > 1), None)
+        if self.formats("refresh", rule=rule)[0].lossless and sent is not None and sent.name != "bf16":
+            raise ValueError(
+                f"{what}refresh='lossless-delta' with gather={sent.short!r}: it goes on from copies of bf16 values, which then are stored "
+                "as they are gathered; valid with it: gather='native'; valid with that: a refresh as the gather, int8-delta, int4-delta"
+            )
 
     def _check_peers(self) -> None:
         """peer_gather=True has something to read, and one level to read it over."""
@@ -99,6 +114,8 @@ class ResolvedPlan:
         value: Formats | None = None if rule is None else getattr(rule, transfer)
         if value is None:
             value = getattr(self.plan, transfer)
+        if isinstance(value, WireFormat) and value.lossless and compute != self.compute:
+            value = WireFormat.parse("native")  # a parameter of its own dtype in a model of bf16
         if isinstance(value, WireFormat):
             found = (value.resolved(compute, self.chip),) * len(self.topology.levels)
         else:
@@ -120,7 +137,8 @@ class ResolvedPlan:
         """The formats that the transfers of one parameter have, and the block that its shards are padded to.
 
         A quantised format that the plan gives (not a rule that names the parameter) is replaced by the transfer's native default
-        for embeddings, norms and vectors, and for a parameter whose shard does not fill one block.
+        for embeddings, norms and vectors, and for a parameter whose shard does not fill one block; a lossless one for norms and vectors,
+        some of which begin at zero, and for small shards.
         """
         numel = math.prod(shape)
         rule = self.rule(name, numel)
@@ -133,11 +151,15 @@ class ResolvedPlan:
             if not own:
                 default = "fp32" if transfer in ("reduce", "sync", "back") else "native"
                 native = WireFormat.parse(default).resolved(compute or self.compute)
-                piece = -(-rows // self.topology.extents[o]) * (numel // rows if rows else 0)
-                piece = -(-piece // (self.topology.extents[-1] // self.topology.extents[o]))
-                wires = tuple(
-                    native if wire.quantized and (kind != "matrix" or piece < wire.block) else wire for wire in wires
-                )
+                shard = -(-rows // self.topology.extents[o]) * (numel // rows if rows else 0)
+                piece = -(-shard // (self.topology.extents[-1] // self.topology.extents[o]))
+
+                def suits(wire: WireFormat, shard: int = shard, piece: int = piece) -> bool:
+                    if wire.lossless:
+                        return kind in ("matrix", "embedding") and shard >= LOSSLESS_SMALLEST
+                    return not wire.quantized or (kind == "matrix" and piece >= wire.block)
+
+                wires = tuple(wire if suits(wire) else native for wire in wires)
             found[transfer] = wires
         return Wires(**found)
 

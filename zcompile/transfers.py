@@ -30,7 +30,7 @@ _FP32 = WireFormat.parse("fp32")
 
 
 def dtype(name: str) -> torch.dtype:
-    """torch.float32 for "float32" and for the wire format "fp32"; uint8 for quantised ones."""
+    """torch.float32 for "float32" and for the wire format "fp32"; uint8 for those of codes."""
     return getattr(torch, name if name in COMPUTE_FORMATS else WireFormat.parse(name).torch_name)
 
 

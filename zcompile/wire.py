@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from zcompile.kernels.code import BLOCKS, ROUNDINGS, SCALES, Code
+from zcompile.kernels.code import BLOCKS, ROUNDINGS, SCALES, Code, lossless_bytes
 from zcompile.machines import FP8_CHIPS, RESERVED
 
-_BITS = {"native": 0, "fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "fp8": 8}
+_BITS = {"native": 0, "fp32": 32, "bf16": 16, "int8": 8, "int4": 4, "fp8": 8, "lossless": 8}
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
-_DELTAS = ("int8", "int4")
-_VALID = f"{', '.join(_BITS)} (int8, int4 and fp8 with options after slashes, as in int8/128/fp32; a refresh also int8-delta, int4-delta)"
+_DELTAS = ("int8", "int4", "lossless")
+_PLAIN = tuple(name for name in _BITS if name != "lossless")
+_VALID = (
+    f"{', '.join(_PLAIN)} (int8, int4 and fp8 with options after slashes, as in int8/128/fp32; "
+    f"a refresh also {', '.join(f'{name}-delta' for name in _DELTAS)})"
+)
 
 COMPUTE_FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
 """Compute dtypes (torch's names) and the wire format that "native" stands for with each."""
@@ -22,7 +26,7 @@ COMPUTE_FORMATS = {"float32": "fp32", "bfloat16": "bf16"}
 class WireFormat:
     """A wire format. Make one with `WireFormat.parse`.
 
-    name: native (the compute dtype, until `resolved`), fp32, bf16, int8, int4, fp8.
+    name: native (the compute dtype, until `resolved`), fp32, bf16, int8, int4, fp8, lossless (as a delta only, of bf16 values).
     block, scale, rounding: of the quantised ones, see docs/wire-format.md: values per scale, the scale's dtype, how codes are rounded.
     delta: the message holds what the weights have changed by; a format of the refresh alone.
     fp8: which of the two fp8 codes it is, once `resolved` for a chip.
@@ -41,6 +45,8 @@ class WireFormat:
             raise ValueError(f"wire format={self.name!r}: unknown wire format; valid: {_VALID}")
         if self.delta and self.name not in _DELTAS:
             raise ValueError(f"wire format {self.name}: delta=True is for {', '.join(_DELTAS)}")
+        if self.lossless and not self.delta:
+            raise ValueError("wire format 'lossless': it is one of deltas; valid: lossless-delta")
         if not self.quantized:
             if self.block or self.scale or self.rounding:
                 raise ValueError(f"wire format {self.name!r}: block, scale and rounding belong to int8, int4 and fp8")
@@ -69,6 +75,11 @@ class WireFormat:
         return self.name in ("int8", "int4", "fp8")
 
     @property
+    def lossless(self) -> bool:
+        """Native bits in fewer bytes: zcompile.kernels.lossless."""
+        return self.name == "lossless"
+
+    @property
     def _kind(self) -> str:
         """Kind of its codes; the two fp8 kinds take equally many bytes, so before `resolved` either will do."""
         return self.fp8 or ("e4m3fn" if self.name == "fp8" else self.name)
@@ -85,10 +96,14 @@ class WireFormat:
     def resolved(self, compute: str, chip: str = "") -> WireFormat:
         """Itself; for "native" the format of a compute dtype ("float32" or "bfloat16"), for fp8 the code that the chip has in hardware.
 
-        ValueError for fp8 on a chip that has none.
+        ValueError for fp8 on a chip that has none, and for a lossless delta of what is not bf16.
         """
         if self.name == "native":
             return WireFormat.parse(COMPUTE_FORMATS[compute])
+        if self.lossless and compute != "bfloat16":
+            raise ValueError(
+                f"wire format 'lossless-delta': it has codes for bfloat16, and weights are computed with in {compute}; valid: native"
+            )
         if self.name != "fp8" or self.fp8:
             return self
         found = next((code for prefix, code in FP8_CHIPS.items() if chip.startswith(prefix)), None)
@@ -108,7 +123,7 @@ class WireFormat:
     def text(self) -> str:
         """What `parse` reads, with every option: "bf16", "int8/256/bf16/nearest", "int4-delta/256/bf16/nearest"."""
         if not self.quantized:
-            return self.name
+            return self.name + "-delta" * self.delta
         kind = f"fp8:{self.fp8}" if self.fp8 else self.name
         return f"{kind}{'-delta' * self.delta}/{self.block}/{self.scale}/{self.rounding}"
 
@@ -126,17 +141,19 @@ class WireFormat:
 
     @property
     def torch_name(self) -> str:
-        """ "float32" or "bfloat16"; "uint8" for quantised formats. ValueError for "native", which names no dtype before `resolved`."""
-        if self.quantized:
+        """ "float32" or "bfloat16"; "uint8" for those of codes. ValueError for "native", which names no dtype before `resolved`."""
+        if self.quantized or self.lossless:
             return "uint8"
         if self.name not in _TORCH_NAMES:
             raise ValueError(f"wire format {self.name!r} has no dtype of its own; call resolved(compute) first")
         return _TORCH_NAMES[self.name]
 
     def bytes(self, n: int) -> int:
-        """Bytes of n values of one parameter in a message: of its record, if quantised (n is then a multiple of the block)."""
+        """Bytes of n values of one parameter in a message: of its record, if it has one (quantised: n is a multiple of the block)."""
         if self.quantized:
             return Code(self._kind, self.block, self.scale).record_bytes(n)
+        if self.lossless:
+            return lossless_bytes(n)
         return n * self.bits // 8 if self.torch_name else 0
 
 
@@ -146,7 +163,7 @@ def _parse(text: str, field: str) -> WireFormat:
     name, fp8 = (head.split(":")[0], head.split(":")[1]) if head.startswith("fp8:") else (head, "")
     delta = name.endswith("-delta")
     name = name.removesuffix("-delta")
-    if name not in _BITS or (delta and name not in _DELTAS):
+    if name not in _BITS or (delta and name not in _DELTAS) or (name == "lossless" and not delta):
         raise ValueError(f"{field}={text!r}: unknown wire format; valid: {_VALID}")
     given: dict[str, object] = {}
     for option in options:
@@ -190,5 +207,5 @@ def freeze_formats(field: str, value: object) -> WireFormat | tuple[tuple[str, W
 
 def _for(field: str, wire: WireFormat) -> WireFormat:
     if wire.delta and field.split("[")[0].split()[-1] != "refresh":
-        raise ValueError(f"{field}={wire.short!r}: a delta is a format of the refresh; valid here: {', '.join(_BITS)}")
+        raise ValueError(f"{field}={wire.short!r}: a delta is a format of the refresh; valid here: {', '.join(_PLAIN)}")
     return wire

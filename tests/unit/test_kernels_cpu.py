@@ -484,7 +484,7 @@ def test_without_a_compiler_the_reference_works_and_one_warning_says_so(
     monkeypatch.setenv("CXX", command)
     said = {
         "missing": "no C\\+\\+ compiler: CXX=/nowhere/c\\+\\+",
-        "failing": "failing cannot compile cpu.cpp: sorry, no vectors",
+        "failing": "failing cannot compile cpu.cpp and lossless.cpp: sorry, no vectors",
         "not a library": "cpu-[0-9a-f]+.so",
     }[broken]
     geometry, x = Geometry.of_rows(3, (64, 256)), values(960, 2)
@@ -532,13 +532,15 @@ def test_a_compiler_that_does_not_know_march_native_is_asked_again(
 def test_the_key_changes_with_the_compiler_and_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     old, new = (script(tmp_path / name, f"echo {name}") for name in ("old", "new"))
     keys = [cpu_build._key([old]), cpu_build._key([new]), cpu_build._key([old, "-m32"])]
-    source = tmp_path / "cpu.cpp"
-    source.write_text(cpu_build.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(cpu_build, "SOURCE", source)
-    keys.append(cpu_build._key([old]))
+    for at, source in enumerate(cpu_build.SOURCES):
+        other = tmp_path / source.name
+        other.write_text(source.read_text() + "\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_build, "SOURCES", (*cpu_build.SOURCES[:at], other, *cpu_build.SOURCES[at + 1 :]))
+            keys.append(cpu_build._key([old]))
     monkeypatch.setattr(cpu_build, "_cpu", lambda: ["another model"])
     keys.append(cpu_build._key([old]))
-    assert len(set(keys)) == 5
+    assert len(set(keys)) == 6
 
 
 def test_the_cache_is_private_where_inductor_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -588,7 +590,7 @@ def test_a_build_that_never_ends_is_not_waited_for(
     unbuilt: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     built = tmp_path / "built.so"
-    shutil.copy(cpu_build.SOURCE, built)
+    shutil.copy(cpu_build.SOURCES[0], built)
     text = f'case "$*" in *--version*) exit 0;; esac\nfor last; do :; done; cp {built} "$last"'
     monkeypatch.setenv("CXX", script(tmp_path / "copy", text))
     monkeypatch.setattr(cpu_build, "PATIENCE", 0.2)

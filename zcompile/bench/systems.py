@@ -233,6 +233,7 @@ PEERS: dict[str, System] = {
 _DELTA = "zc:zero_topo,wire=paper,refresh=int4-delta,embeddings=1,overlap=2,peer_gather=True"
 OURS = {
     "zc-bf16": "zc:zero_topo,reduce=bf16,overlap=4,peer_gather=True",
+    "zc-lossless": "zc:zero_topo,reduce=bf16,refresh=lossless-delta,overlap=4,peer_gather=True",
     "zc-paper": "zc:zero_topo,wire=paper,overlap=2,peer_gather=True",
     "zc-delta": _DELTA,
     "zc-delta-keep": f"{_DELTA},keep=64000000",

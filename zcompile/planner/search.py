@@ -161,9 +161,11 @@ def formats(allowed: Sequence[str]) -> list[dict[str, str]]:
     """All combinations of allowed formats, as fields of Plan; native first."""
     gathers = ["", *(["int8"] if "int8" in allowed else [])]
     reductions = ["", *(wire for name, wire in _REDUCTIONS.items() if name in allowed)]
-    refreshes = ["", *(name for name in ("int8-delta", "int4-delta") if name in allowed)]
+    refreshes = ["", *(name for name in ALLOWED if name.endswith("-delta") and name in allowed)]
     found = []
     for gather, reduce, refresh in itertools.product(gathers, reductions, refreshes):
+        if gather and refresh == "lossless-delta":  # which goes on from native values
+            continue
         fields = {"gather": gather, "reduce": reduce, "refresh": refresh}
         found.append({transfer: wire for transfer, wire in fields.items() if wire})
     return found
