@@ -2,8 +2,8 @@
 
 bf16 bit patterns in the order of their values are integers, of which an optimizer step moves most by less than 128. One value in
 LOSSLESS_SHARE may be an exception; where there are more, a message cannot be made, and the values themselves have to be sent.
-docs/wire-format.md says what the bytes are. On CPUs `lossless.cpp` does the work (in the library of zcompile.kernels.cpu), elsewhere
-the torch operations here: the same bytes.
+docs/wire-format.md says what the bytes are. On CPUs `lossless.cpp` does the work (in the library of zcompile.kernels.cpu), on GPUs
+`triton_lossless`, elsewhere, and where there is no compiler, the torch operations here: the same bytes.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ def encode(master: Tensor, old: Sequence[Tensor], message: Tensor) -> Tensor | b
     _check("message", message, torch.uint8, sum(map(lossless_bytes, sizes)))
     for index, part in enumerate(old):
         _check(f"old[{index}]", part, torch.bfloat16, part.numel())
+    if master.is_cuda:
+        from zcompile.kernels import triton_lossless
+
+        return triton_lossless.encode(master, old, message)
     library = cpu.library() if master.is_cpu else None
     if library is None:
         return _encode(master, old, message)
@@ -76,7 +80,17 @@ def decode(message: Tensor, values: Sequence[Tensor]) -> None:
             )
     library = cpu.library() if message.is_cpu else None
     if library is None:
-        _decode(message, values)
+        if message.is_cuda:
+            from zcompile.kernels import triton_lossless
+
+            right = triton_lossless.decode(message, values)
+        else:
+            right = _decode(message, values)
+        for index, same in enumerate(right):
+            if message.is_cuda:
+                torch._assert_async(same, f"zcompile: lossless delta: {Changed(index)}")
+            elif not same:
+                raise Changed(index)
         return
     wrong = ctypes.c_int64()
     library.zcompile_lossless_decode(
@@ -114,10 +128,11 @@ def _encode(master: Tensor, old: Sequence[Tensor], message: Tensor) -> Tensor:
     return fits
 
 
-def _decode(message: Tensor, values: Sequence[Tensor]) -> None:
+def _decode(message: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
+    right = []
     sizes = [part.shape[1] for part in values]
     per_row = message.view(len(values[0]), -1).split([lossless_bytes(n) for n in sizes], dim=1)
-    for index, (part, records, n) in enumerate(zip(values, per_row, sizes, strict=True)):
+    for part, records, n in zip(values, per_row, sizes, strict=True):
         records = records.clone()  # begin where their dtypes may be viewed
         found, total = records[:, :8].view(torch.int32).unbind(1)
         codes = records[:, LOSSLESS_HEADER : LOSSLESS_HEADER + n].view(torch.int8)
@@ -125,14 +140,11 @@ def _decode(message: Tensor, values: Sequence[Tensor]) -> None:
         exceptions = records[:, begin : begin + 2 * lossless_room(n)].view(torch.int16)
         far = codes == ESCAPE
         old = part.view(torch.int16)
-        same = ((_sum(old) == total) & (far.sum(1) == found) & (found <= lossless_room(n))).all()
+        right.append(((_sum(old) == total) & (far.sum(1) == found) & (found <= lossless_room(n))).all())
         moved = _ordered(_wrapped(_ordered(old) + codes)).to(torch.int16)
         place = (far.cumsum(1) - 1).clamp(0, max(lossless_room(n) - 1, 0))
         old.copy_(torch.where(far, exceptions.gather(1, place), moved))
-        if not message.is_cpu:
-            torch._assert_async(same, f"zcompile: lossless delta: {Changed(index)}")
-        elif not same:
-            raise Changed(index)
+    return right
 
 
 def _sum(bits: Tensor) -> Tensor:

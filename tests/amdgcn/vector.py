@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 from amdgcn import floats
@@ -45,7 +46,7 @@ def lanes(
             made = function(*values)
             made = made if isinstance(made, tuple) else (made,)
             if "clamp" in instruction.modifiers:
-                made = (_clamp(made[0], results, instruction),)
+                made = (_clamp(made[0], values, results, instruction),)
             for operand, letter, value in zip(operands, results, made, strict=False):
                 write(machine, instruction, operand, letter, value)
 
@@ -55,8 +56,10 @@ def lanes(
     return register
 
 
-def _clamp(value: np.ndarray, results: str, instruction: Instruction) -> np.ndarray:
-    """clamp on an fp32 result: to 0..1, NaN to 0 (DX10_CLAMP). On integers it saturates, which is not modelled."""
+def _clamp(value: np.ndarray, sources: list[Any], results: str, instruction: Instruction) -> np.ndarray:
+    """clamp on an fp32 result: to 0..1, NaN to 0 (DX10_CLAMP). On integers it saturates: modelled for unsigned differences alone."""
+    if instruction.op == "v_sub_u32":
+        return np.where(sources[0] < sources[1], U32(0), value)
     if results != "f":
         raise Unsupported(f"{instruction}: clamp")
     return floats.minimum(floats.maximum(value.view(F32), F32(0)).view(F32), F32(1))

@@ -240,7 +240,7 @@ OURS = {
 }
 """Short names of plans that are often compared."""
 
-DEFAULT = ("ddp-bf16", "fsdp2-tuned-bf16", "hsdp-tuned-bf16", "zc-bf16", "zc-delta")
+DEFAULT = ("ddp-bf16", "fsdp2-tuned-bf16", "hsdp-tuned-bf16", "zc-bf16", "zc-lossless", "zc-delta")
 
 
 def parse(name: str) -> System:
