@@ -51,7 +51,7 @@ def landed(rank: int, wires: dict[str, str]) -> tuple[int, list[bool], bool]:
 
     with patch.object(transfers, "gather_in_place", gather):
         hops, mine = weights()
-    with patch.object(refresh, "own_place", lambda unit: (unit.master, WireFormat.parse("fp32"), {})):
+    with patch.object(refresh, "own_place", lambda unit, full: (unit.master, WireFormat.parse("fp32"), {})):
         _, copied = weights()
     return hops, found, all(map(torch.equal, mine, copied))
 
