@@ -35,8 +35,8 @@ def prepared(units: Iterable[Unit]) -> set[Unit]:
         unit.message = None
         if unit.first.lossless and unit.stale and not unit.wants_full and not unit.master.is_meta:
             fits[unit] = prepare(unit)
-    flags = list(fits.values())
-    known: list[bool] = torch.stack(flags).tolist() if flags and isinstance(flags[0], Tensor) else flags  # type: ignore
+    on_device = [fit for fit in fits.values() if isinstance(fit, Tensor)]
+    known = torch.stack(on_device).tolist() if on_device else fits.values()  # one wait for all
     return {unit for unit, fit in zip(fits, known, strict=True) if not fit}
 
 

@@ -155,6 +155,7 @@ def test_what_one_ranks_message_cannot_hold_is_sent_in_full_by_all(ranks: Any) -
         assert found == lossless[0][1], "on all ranks"
 
 
+@pytest.mark.slow
 def test_without_the_agreement_it_would_be_wrong(ranks: Any) -> None:
     with pytest.raises(Exception, match=r"compute copy of 'up.weight' is not what its last refresh left"):
         ranks(8).run(overfull, LOSSLESS, False, timeout=120)
@@ -220,7 +221,7 @@ def written_to(rank: int, at: int) -> None:
     step(model, optimizer, rank, 2)
 
 
-@pytest.mark.parametrize("at", [0, 1], ids=["what it owns", "what it was sent"])
+@pytest.mark.parametrize("at", [pytest.param(0, id="what it owns"), pytest.param(1, id="what it was sent", marks=pytest.mark.slow)])
 def test_a_copy_that_something_else_has_written_to_is_an_error(ranks: Any, at: int) -> None:
     """Of the owner's row all but the owner see it, of another row the one that holds it."""
     words = r"'embed.weight' is not what its last refresh left.*Rule\('embed.weight', refresh='native'\)"
