@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.lossless import masters_and_old
 
 from zcompile.kernels import lossless
 from zcompile.kernels.code import lossless_bytes
@@ -20,11 +21,7 @@ SIZES = [5000, 17, 1 << 16]
 
 @pytest.mark.parametrize("far", [0.0, 0.02, 0.5])
 def test_the_bytes_and_the_bits_of_a_cpu(far: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    master = torch.randn(sum(SIZES), generator=generator) * 0.02
-    old = (master + 1e-4 * torch.randn(master.shape, generator=generator)).bfloat16()
-    moved = torch.rand(master.shape, generator=generator) < far
-    old[moved] = 3.0
+    master, old = masters_and_old(SIZES, 0, far)
     master[:3] = torch.tensor([float("nan"), float("-inf"), -0.0])
     found = []
     for device in ("cpu", "cuda"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.lossless import masters_and_old
 from support.patches import replaced
 from torch import Tensor
 
@@ -29,11 +30,7 @@ def bits(x: Tensor) -> Tensor:
 
 def values(sizes: list[int], seed: int, far: float) -> tuple[Tensor, list[Tensor]]:
     """(masters side by side, what the others have): near one another, but for a share of `far`, and special values."""
-    generator = torch.Generator().manual_seed(seed)
-    master = torch.randn(sum(sizes), generator=generator) * 0.02
-    old = (master + 1e-4 * torch.randn(master.shape, generator=generator)).bfloat16()
-    moved = torch.rand(master.shape, generator=generator) < far
-    old[moved] = torch.randn(int(moved.sum()), generator=generator).bfloat16()
+    master, old = masters_and_old(sizes, seed, far)
     for place, (new, before) in enumerate(zip(SPECIAL, (1.0, -1.0, *SPECIAL[:7]), strict=True)):
         if place < lossless_room(sizes[0]):
             master[place], old[place] = new, before

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from amdgcn.launch import launch
+from support.lossless import masters_and_old
 from torch import Tensor
 
 from zcompile.kernels import lossless, triton_lossless
@@ -23,11 +24,7 @@ CASES = {"one": ([3000], 0.02), "several": ([1, 5000, 17, 2048], 0.02), "none mo
 
 def values(sizes: list[int], seed: int, far: float) -> tuple[Tensor, list[Tensor]]:
     """(masters side by side, what the others have)."""
-    generator = torch.Generator().manual_seed(seed)
-    master = torch.randn(sum(sizes), generator=generator) * 0.02
-    old = (master + 1e-4 * torch.randn(master.shape, generator=generator)).bfloat16()
-    moved = torch.rand(master.shape, generator=generator) < far
-    old[moved] = torch.randn(int(moved.sum()), generator=generator).bfloat16()
+    master, old = masters_and_old(sizes, seed, far)
     master[0], master[-1] = float("nan") if far else 0.5, -0.0
     old[0] = master[0]
     return master, list(old.split(sizes))
