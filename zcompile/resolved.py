@@ -145,6 +145,11 @@ class ResolvedPlan:
         rows = shape[0] if shape else 1
         _, _, o = self.placement(name, rows, numel, len(shape))
         found: dict[str, tuple[WireFormat, ...]] = {}
+        if rule is not None and isinstance(rule.refresh, WireFormat) and rule.refresh.lossless:
+            try:
+                rule.refresh.resolved(compute or self.compute)
+            except ValueError as error:
+                raise ValueError(f"rule {rule.match!r}, which is the first to match {name!r}: refresh: {error}") from None
         for transfer in TRANSFERS:
             own = rule is not None and _given_by(rule, transfer)
             wires = self.formats(transfer, compute, rule)

@@ -193,6 +193,8 @@ def test_what_it_is_for() -> None:
     assert refresh("own.bias", (64,), "vector") == "lossless-delta", "a rule names it"
     assert refresh("router.weight", (256, 32), compute="float32") == "fp32", "one parameter of another dtype"
     assert "refresh:   lossless-delta" in resolved.describe()
+    with pytest.raises(ValueError, match=r"rule 'own\.\*', which is the first to match 'own\.weight': .*float32; valid: native"):
+        refresh("own.weight", (256, 32), compute="float32")
 
 
 def test_the_reference_takes_it_for_native() -> None:
