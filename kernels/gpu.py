@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,14 +111,16 @@ def peer_gather(pointers: Tensor, geometry: Geometry, code: Code, dtype: torch.d
 
 def run(call: Call) -> None:
     """Launches a call on the current stream of its tensors' device."""
-    if not call.tiles:
-        return
-    device = next(value.device for value in call.arguments.values() if isinstance(value, Tensor))
+    if call.tiles:
+        launch(call.kernel, call.grid, {**call.arguments, **call.constants}, call.warps)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], warps: int) -> None:
+    """Launches a kernel on the current stream of its tensors' device."""
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         # Contraction would round twice as one and change codes, so it is off; both GPU backends take the option.
-        call.kernel[call.grid](
-            **call.arguments, **call.constants, num_warps=call.warps, num_stages=1, enable_fp_fusion=False
-        )
+        kernel[grid](**arguments, num_warps=warps, num_stages=1, enable_fp_fusion=False)
 
 
 @cache

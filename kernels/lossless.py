@@ -78,27 +78,24 @@ def decode(message: Tensor, values: Sequence[Tensor]) -> None:
                 f"values[{index}] is {part.dtype} of shape {tuple(part.shape)}, strides {part.stride()}: valid: torch.bfloat16, "
                 f"{rows} contiguous rows"
             )
+    if message.is_cuda:
+        from zcompile.kernels import triton_lossless
+
+        for index, same in enumerate(triton_lossless.decode(message, values)):
+            torch._assert_async(same, f"zcompile: lossless delta: {Changed(index)}")
+        return
     library = cpu.library() if message.is_cpu else None
     if library is None:
-        if message.is_cuda:
-            from zcompile.kernels import triton_lossless
-
-            right = triton_lossless.decode(message, values)
-        else:
-            right = _decode(message, values)
-        for index, same in enumerate(right):
-            if message.is_cuda:
-                torch._assert_async(same, f"zcompile: lossless delta: {Changed(index)}")
-            elif not same:
-                raise Changed(index)
-        return
-    wrong = ctypes.c_int64()
-    library.zcompile_lossless_decode(
-        message.data_ptr(), rows, cpu.pointers(values), _integers(sizes), _integers([part.stride(0) for part in values]),
-        len(sizes), ctypes.addressof(wrong),
-    )  # fmt: skip
-    if wrong.value >= 0:
-        raise Changed(wrong.value)
+        wrong = next((index for index, same in enumerate(_decode(message, values)) if not same), -1)
+    else:
+        found = ctypes.c_int64()
+        library.zcompile_lossless_decode(
+            message.data_ptr(), rows, cpu.pointers(values), _integers(sizes), _integers([part.stride(0) for part in values]),
+            len(sizes), ctypes.addressof(found),
+        )  # fmt: skip
+        wrong = found.value
+    if wrong >= 0:
+        raise Changed(wrong)
 
 
 # ---- in torch operations

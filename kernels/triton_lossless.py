@@ -6,7 +6,6 @@ up, and a second kernel puts each where it belongs.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zcompile.kernels import gpu
 from zcompile.kernels.code import LOSSLESS_HEADER, aligned, lossless_bytes, lossless_room
 from zcompile.kernels.triton_math import bf16_bits
 
@@ -169,7 +169,5 @@ def decode(message: Tensor, values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def run(kernel: Any, grid: tuple[int, ...], **arguments: Tensor | int) -> None:
-    """Launch on the current stream of the tensors' device."""
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments, BLOCK=BLOCK, num_warps=WARPS, num_stages=1)
+    """Launch with the constants that all kernels here share."""
+    gpu.launch(kernel, grid, {**arguments, "BLOCK": BLOCK}, WARPS)
